@@ -1,0 +1,88 @@
+//! Every limit of the format and of the engine, with its reason. Loops over outside data are bounded by these.
+
+/// Bytes of a block, the unit of matching. Fixed by the science: 4 KiB is what guests' file systems allocate.
+pub const BLOCK_BYTES: usize = 4096;
+
+/// Blocks of a segment, the unit of change detection (2 MiB).
+pub const SEGMENT_BLOCKS: usize = 512;
+
+/// Bytes of a segment.
+pub const SEGMENT_BYTES: usize = BLOCK_BYTES * SEGMENT_BLOCKS;
+
+/// Segments that one group page describes (1 GiB): a page is a few KiB, and a touched one is cheap to write anew.
+pub const GROUP_SEGMENTS: usize = 512;
+
+/// Bytes of image that one group page describes.
+pub const GROUP_BYTES: u64 = (SEGMENT_BYTES * GROUP_SEGMENTS) as u64;
+
+/// An image has at most 64 TiB: its root page then holds 65 536 group references, which is 3 MiB.
+pub const IMAGE_BYTES_MAX: u64 = 64 << 40;
+
+/// A pack's frames take at most 64 MiB: what one VM loses with one object, and what compaction moves at a time.
+pub const PACK_BYTES_MAX: u64 = 64 << 20;
+
+/// A pack has at most 65 536 slots, so that a slot number is two bytes.
+pub const PACK_SLOTS_MAX: u32 = 1 << 16;
+
+/// A frame spans at most 64 slots, so that the slots present in it are one 64-bit mask.
+pub const FRAME_SLOTS_MAX: u32 = 64;
+
+/// Blocks of a frame of a data pack: 64 KiB raw. Chosen by measurement (docs/BENCHMARKS.md).
+pub const FRAME_BLOCKS: u32 = 16;
+
+/// A slot of a recipe pack has at most 4 MiB: the largest group page has one extent and one bitmap bit per block.
+pub const RECIPE_SLOT_BYTES_MAX: usize = 4 << 20;
+
+/// A frame of a recipe pack is closed at this many raw bytes: small enough for one cheap read.
+pub const RECIPE_FRAME_BYTES: usize = 32 << 10;
+
+/// The raw bytes of a recipe frame never exceed this (a slot of the largest size, and lengths).
+pub const RECIPE_FRAME_BYTES_MAX: usize = RECIPE_SLOT_BYTES_MAX + (64 << 10);
+
+/// Fingerprints of one page of a slot table (4 KiB): what one hit of the similarity index brings along.
+pub const SLOT_PAGE_FINGERPRINTS: usize = 128;
+
+/// Members (pack numbers) that one merged pack object may hold.
+pub const PACK_MEMBERS_MAX: usize = 1024;
+
+/// zstd level of data frames. Chosen by measurement (docs/BENCHMARKS.md).
+pub const ZSTD_LEVEL: i32 = 1;
+
+/// zstd level of recipe frames: small, written once a segment, worth more effort.
+pub const RECIPE_ZSTD_LEVEL: i32 = 3;
+
+/// One block in this many is a hook of the similarity index. A power of two. Chosen by measurement.
+pub const HOOK_SAMPLING: u64 = 8;
+
+/// A name of a VM, a disk or a snapshot has at most 255 bytes: the limit of Linux file systems.
+pub const NAME_BYTES_MAX: usize = 255;
+
+/// A log record has at most 64 MiB: a checkpoint of 400 000 packs.
+pub const LOG_RECORD_BYTES_MAX: u64 = 64 << 20;
+
+/// A root page has at most 8 MiB: 65 536 group references and what goes with them.
+pub const ROOT_PAGE_BYTES_MAX: u64 = 8 << 20;
+
+/// Records between two checkpoints of a log: what opening a VM reads at the most, but for the checkpoint.
+pub const LOG_CHECKPOINT_INTERVAL: u64 = 64;
+
+/// Serials (pack, root and file numbers) of one begin record. A writer that needs more begins again.
+pub const SERIALS_PER_BEGIN: u32 = 1 << 16;
+
+/// Snapshots and drafts of one VM.
+pub const FILES_PER_VM_MAX: usize = 1 << 20;
+
+/// Default cap of resident memory: `--max-memory`.
+pub const MEMORY_BYTES_DEFAULT: u64 = 256 << 20;
+
+/// The least memory that can be asked for: below, buffers and caches are too small to work.
+pub const MEMORY_BYTES_MIN: u64 = 128 << 20;
+
+/// Segments that one ingest works on at a time (8 MiB): enough to keep two cores busy, twice in memory.
+pub const BATCH_SEGMENTS: usize = 4;
+
+/// Bytes kept aside so that forget and collect work on a full disk.
+pub const RESERVE_BYTES: u64 = 4 << 20;
+
+const _: () = assert!(SEGMENT_BYTES == 2 << 20, "docs/FORMAT.md: a segment is 2 MiB");
+const _: () = assert!(GROUP_BYTES == 1 << 30, "docs/FORMAT.md: a group is 1 GiB");

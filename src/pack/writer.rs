@@ -1,0 +1,178 @@
+//! Writes one pack object, frame after frame, member after member.
+
+use crate::backend::{Backend, Key, Upload};
+use crate::error::{Result, invalid};
+use crate::fingerprint::Fingerprint;
+use crate::limits::SLOT_PAGE_FINGERPRINTS;
+use crate::pack::Content;
+use crate::pack::frame::{Checksum, FrameRow};
+use crate::pack::index::{HEADER_BYTES, Identity, PackIndex, page_checksum};
+use crate::units::PackNumber;
+
+/// A frame, compressed and ready to be appended.
+#[derive(Debug)]
+pub struct PackedFrame {
+    /// First slot that it spans.
+    pub first_slot: u16,
+    /// Slots that it spans.
+    pub span: u32,
+    /// Which are present.
+    pub present: u64,
+    /// Bytes when decompressed.
+    pub raw_bytes: u32,
+    /// How it is stored.
+    pub codec: u8,
+    /// The stored bytes, without the prefix that recipe frames get.
+    pub payload: Vec<u8>,
+}
+
+/// What a finished object is, for the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finished {
+    /// Bytes of the object.
+    pub bytes: u64,
+    /// Bytes of its index and trailer.
+    pub tail_bytes: u32,
+    /// Present slots of every member.
+    pub slots: Vec<(PackNumber, u32)>,
+}
+
+struct Part {
+    number: PackNumber,
+    frames: Vec<FrameRow>,
+    fingerprints: Vec<Fingerprint>,
+}
+
+/// A pack object that is being written. Nothing is visible before [`PackWriter::finish`].
+pub struct PackWriter {
+    upload: Box<dyn Upload>,
+    identity: Identity,
+    parts: Vec<Part>,
+    frames_bytes: u64,
+}
+
+impl PackWriter {
+    /// Begins an object under `key`; its first member is the identity's number.
+    ///
+    /// # Errors
+    /// As [`Backend::create`].
+    pub fn create(backend: &dyn Backend, key: &Key, identity: Identity) -> Result<Self> {
+        let mut upload = backend.create(key)?;
+        upload.append(&identity.header())?;
+        let part = Part { number: identity.object.number, frames: Vec::new(), fingerprints: Vec::new() };
+        Ok(Self { upload, identity, parts: vec![part], frames_bytes: 0 })
+    }
+
+    /// Who the object is.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Further frames belong to this pack, whose number is higher than all before.
+    ///
+    /// # Errors
+    /// `Invalid` when it is not.
+    pub fn begin_member(&mut self, number: PackNumber) -> Result<()> {
+        match self.parts.last() {
+            Some(last) if last.number >= number => Err(invalid(format!("pack members out of order: {number}"))),
+            _ => {
+                self.parts.push(Part { number, frames: Vec::new(), fingerprints: Vec::new() });
+                Ok(())
+            }
+        }
+    }
+
+    /// Appends a frame with one fingerprint per present slot; returns its offset and stored bytes.
+    ///
+    /// # Errors
+    /// As [`Upload::append`].
+    pub fn append(&mut self, frame: PackedFrame, fingerprints: &[Fingerprint]) -> Result<(u64, u32)> {
+        let Some(part) = self.parts.last_mut() else { return Err(invalid("pack without a member")) };
+        let mut row = FrameRow {
+            first_slot: frame.first_slot,
+            span_less_one: (frame.span - 1) as u8,
+            codec: frame.codec,
+            stored_bytes: 0,
+            raw_bytes: frame.raw_bytes,
+            present: frame.present,
+            checksum: Checksum([0; 16]),
+        };
+        let mut stored = frame.payload;
+        if self.identity.content == Content::Recipes {
+            stored.splice(0..0, row.prefix());
+        }
+        row.stored_bytes = stored.len() as u32;
+        row.checksum = row.checksum_of(self.identity.incarnation, part.number, &stored);
+        self.upload.append(&stored)?;
+        let offset = HEADER_BYTES as u64 + self.frames_bytes;
+        self.frames_bytes += stored.len() as u64;
+        part.frames.push(row);
+        part.fingerprints.extend_from_slice(fingerprints);
+        Ok((offset, row.stored_bytes))
+    }
+
+    /// Appends a frame that another object holds, byte for byte, under its own row.
+    ///
+    /// # Errors
+    /// As [`Upload::append`].
+    pub fn append_verbatim(&mut self, row: FrameRow, stored: &[u8], fingerprints: &[Fingerprint]) -> Result<()> {
+        let Some(part) = self.parts.last_mut() else { return Err(invalid("pack without a member")) };
+        self.upload.append(stored)?;
+        self.frames_bytes += stored.len() as u64;
+        part.frames.push(row);
+        part.fingerprints.extend_from_slice(fingerprints);
+        Ok(())
+    }
+
+    /// Bytes of frames so far.
+    pub fn frames_bytes(&self) -> u64 {
+        self.frames_bytes
+    }
+
+    /// The row of a frame and its offset, among the frames of the member being written.
+    pub fn frame(&self, at: usize) -> Option<(FrameRow, u64)> {
+        let part = self.parts.last()?;
+        let row = *part.frames.get(at)?;
+        let before: u64 = self.parts.iter().flat_map(|p| &p.frames).map(|f| u64::from(f.stored_bytes)).sum();
+        let after: u64 = part.frames.get(at..)?.iter().map(|f| u64::from(f.stored_bytes)).sum();
+        Some((row, HEADER_BYTES as u64 + before - after))
+    }
+
+    /// Fingerprints of the member being written, in slot order.
+    pub fn fingerprints(&self) -> &[Fingerprint] {
+        self.parts.last().map_or(&[], |p| &p.fingerprints)
+    }
+
+    /// Reads bytes that were appended.
+    ///
+    /// # Errors
+    /// As [`Upload::read`].
+    pub fn read(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        self.upload.read(offset, out)
+    }
+
+    /// Writes slot table, index and trailer, and makes the object durable and visible (I4).
+    ///
+    /// # Errors
+    /// As [`Upload::finish`].
+    pub fn finish(mut self) -> Result<Finished> {
+        let mut members = Vec::with_capacity(self.parts.len());
+        let mut slots = Vec::with_capacity(self.parts.len());
+        let mut bytes = HEADER_BYTES as u64 + self.frames_bytes;
+        for part in self.parts {
+            let mut checksums = Vec::new();
+            for (page, fingerprints) in part.fingerprints.chunks(SLOT_PAGE_FINGERPRINTS).enumerate() {
+                let table: Vec<u8> = fingerprints.iter().flat_map(|f| f.0).collect();
+                checksums.push(page_checksum(self.identity.incarnation, part.number, page as u32, &table));
+                bytes += table.len() as u64;
+                self.upload.append(&table)?;
+            }
+            slots.push((part.number, part.fingerprints.len() as u32));
+            members.push((part.number, part.frames, checksums));
+        }
+        let tail = PackIndex::encode_tail(&self.identity, &members);
+        self.upload.append(&tail)?;
+        self.upload.finish()?;
+        Ok(Finished { bytes: bytes + tail.len() as u64, tail_bytes: tail.len() as u32, slots })
+    }
+}

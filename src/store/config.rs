@@ -1,0 +1,180 @@
+//! `snapfs.toml`, written once, and the numbered records under `config/`.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::backend::{Backend, Key};
+use crate::catalog::vm::fill_random;
+use crate::clock::{Clock, Timestamp};
+use crate::error::{Error, ErrorKind, Result, corrupt, not_found, unsupported};
+use crate::fingerprint::short;
+use crate::format::{ObjectKind, VERSION, envelop, open_envelope};
+use crate::limits::{BLOCK_BYTES, SEGMENT_BYTES};
+use crate::wire::{decode, encode, wire_struct};
+
+/// Name of the file that makes a folder a store.
+pub const FILE_NAME: &str = "snapfs.toml";
+
+/// The file is a page of text.
+const FILE_BYTES_MAX: u64 = 64 << 10;
+
+/// A record of the configuration is small.
+const RECORD_BYTES_MAX: u64 = 1 << 20;
+
+/// What `snapfs.toml` says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoreConfig {
+    /// Version of the format.
+    pub format: u16,
+    /// Incompatible features in use; an unknown one is refused by name.
+    pub features: Vec<String>,
+    /// The store's identity: 32 hexadecimal digits.
+    pub store: String,
+    /// When it was made: seconds since the epoch.
+    pub created: u64,
+    /// Bytes of a block.
+    pub block_bytes: u64,
+    /// Bytes of a segment.
+    pub segment_bytes: u64,
+    /// BLAKE3 of the fields above, 32 hexadecimal digits.
+    pub checksum: String,
+}
+
+wire_struct! {
+    /// A numbered record of the configuration. The highest number wins.
+    pub struct ConfigRecord {
+        /// The store's identity.
+        pub store: String,
+        /// When it was written.
+        pub time: Timestamp,
+    }
+}
+
+impl StoreConfig {
+    fn checksum_of(&self) -> String {
+        let parts = [
+            self.format.to_string(),
+            self.features.join(","),
+            self.store.clone(),
+            self.created.to_string(),
+            self.block_bytes.to_string(),
+            self.segment_bytes.to_string(),
+        ];
+        let parts: Vec<&[u8]> = parts.iter().map(String::as_bytes).collect();
+        hex(&short(b"snapfs.toml", &parts))
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn record_key(number: u32) -> Key {
+    Key::new(format!("config/{number:010}"))
+}
+
+/// Makes the folder of a new store, 0700; one that is there must be empty.
+///
+/// # Errors
+/// `Exists`, `NotFolder`, `Denied`, `ReadOnly`, `NoSpace`.
+pub fn make_folder(root: &Path) -> Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    let about = |e| Error::io(format!("store {}", root.display()), e);
+    match std::fs::DirBuilder::new().mode(0o700).create(root) {
+        Ok(()) => return Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+        Err(e) => return Err(about(e)),
+    }
+    for entry in std::fs::read_dir(root).map_err(about)? {
+        let name = entry.map_err(about)?.file_name();
+        // A fresh file system has this one.
+        if name != "lost+found" {
+            let what = if name == FILE_NAME { "is a store already" } else { "is not empty" };
+            return Err(Error::new(ErrorKind::Exists, format!("{}: {what}", root.display())));
+        }
+    }
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+    std::fs::set_permissions(root, mode).map_err(about)
+}
+
+/// Writes the configuration of a new store. The file comes last: its presence makes the store.
+///
+/// # Errors
+/// `Exists`, `NoSpace`, `ReadOnly`, `Unavailable`.
+pub fn write_new(backend: &dyn Backend, clock: &dyn Clock) -> Result<()> {
+    let mut id = [0; 16];
+    fill_random(&mut id)?;
+    let mut config = StoreConfig {
+        format: VERSION,
+        features: Vec::new(),
+        store: hex(&id),
+        created: clock.now().seconds(),
+        block_bytes: BLOCK_BYTES as u64,
+        segment_bytes: SEGMENT_BYTES as u64,
+        checksum: String::new(),
+    };
+    config.checksum = config.checksum_of();
+    let record = ConfigRecord { store: config.store.clone(), time: clock.now() };
+    backend.put_new(&record_key(1), &envelop(ObjectKind::Config, &encode(&record)))?;
+    let text = toml::to_string(&config).map_err(|e| corrupt(FILE_NAME).because(e))?;
+    let text = format!("# A snapfs store. Written once by `snapfs init`; do not edit.\n{text}");
+    backend.put_new(&Key::new(FILE_NAME), text.as_bytes())
+}
+
+/// Reads and checks the configuration.
+///
+/// # Errors
+/// `NotFound`, `Corrupt`, `Unsupported`; all name `snapfs.toml` (or the record).
+pub fn read(backend: &dyn Backend) -> Result<StoreConfig> {
+    let about = |e: Error| e.within(FILE_NAME);
+    let bytes = backend.read_all(&Key::new(FILE_NAME), FILE_BYTES_MAX).map_err(|e| match e.kind() {
+        ErrorKind::NotFound => not_found(format!("no snapfs store: {FILE_NAME} is missing")),
+        _ => about(e),
+    })?;
+    let text = std::str::from_utf8(&bytes).map_err(|e| about(corrupt("is no text").because(e)))?;
+    let table: toml::Table = text.parse().map_err(|e: toml::de::Error| about(corrupt(one_line(&e))))?;
+    // The version is looked at first: a newer one may have other fields.
+    match table.get("format").and_then(toml::Value::as_integer) {
+        Some(version) if version == i64::from(VERSION) => {}
+        Some(version) => {
+            let newer = format!("format {version} is not known here, this program reads {VERSION}");
+            return Err(about(unsupported(newer)));
+        }
+        None => return Err(about(corrupt("has no format version"))),
+    }
+    let config: StoreConfig = table.try_into().map_err(|e: toml::de::Error| about(corrupt(one_line(&e))))?;
+    if config.checksum != config.checksum_of() {
+        return Err(about(corrupt("checksum does not match: the file was changed")));
+    }
+    if let Some(feature) = config.features.first() {
+        return Err(about(unsupported(format!("unknown incompatible feature {feature:?}"))));
+    }
+    if (config.block_bytes, config.segment_bytes) != (BLOCK_BYTES as u64, SEGMENT_BYTES as u64) {
+        return Err(about(unsupported(format!("blocks of {} bytes", config.block_bytes))));
+    }
+    check_records(backend, &config)?;
+    Ok(config)
+}
+
+/// The newest record belongs to the same store as the file: else one of them comes from elsewhere.
+fn check_records(backend: &dyn Backend, config: &StoreConfig) -> Result<()> {
+    let rows = backend.list(&Key::new("config"))?;
+    let Some(newest) = rows.iter().filter_map(|r| r.name.parse::<u32>().ok()).max() else {
+        return Err(corrupt(format!("{FILE_NAME}: config/ has no record")));
+    };
+    let key = record_key(newest);
+    let bytes = backend.read_all(&key, RECORD_BYTES_MAX)?;
+    let body = open_envelope(ObjectKind::Config, &bytes).map_err(|e| e.within(&key))?;
+    let record: ConfigRecord = decode(body).map_err(|e| e.within(&key))?;
+    if record.store == config.store {
+        Ok(())
+    } else {
+        Err(corrupt(format!("{FILE_NAME}: belongs to another store than {key}")))
+    }
+}
+
+fn one_line(error: &toml::de::Error) -> String {
+    error.message().replace('\n', " ")
+}

@@ -1,0 +1,284 @@
+//! A store: one folder of objects with one configuration, opened with its caches.
+//!
+//! ```text
+//!   Store ── caches, memory shares, clock
+//!     └── Backend (local folder; wrappers around it in tests)
+//!           vms/<vm>/{log,snapshots,packs}   derived/   config/   snapfs.toml
+//! ```
+
+pub mod config;
+pub mod session;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::backend::local::Local;
+use crate::backend::{Backend, Key};
+use crate::catalog::record::Attributes;
+use crate::catalog::roots::{read_root, root_key};
+use crate::catalog::state::{FileEntry, VmState};
+use crate::catalog::vm::Vm;
+use crate::clock::Clock;
+use crate::error::{Error, ErrorKind, Result, invalid, not_found};
+use crate::image::reader::Image;
+use crate::limits::{MEMORY_BYTES_DEFAULT, MEMORY_BYTES_MIN};
+use crate::name::{Reference, SnapshotName, VmName};
+use crate::pack::reader::{Caches, Packs};
+use crate::store::config::StoreConfig;
+
+/// How the memory cap is shared out. What is left is for the program, its stacks and the allocator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryShares {
+    /// Decompressed frames, indexes, slot pages.
+    pub cache_bytes: usize,
+    /// Segments being written, of all files together.
+    pub segments: usize,
+}
+
+impl MemoryShares {
+    /// The shares of a cap.
+    ///
+    /// # Errors
+    /// `Invalid` below [`MEMORY_BYTES_MIN`].
+    pub fn of(cap_bytes: u64) -> Result<Self> {
+        if cap_bytes < MEMORY_BYTES_MIN {
+            return Err(invalid(format!("max-memory is {cap_bytes} bytes, the least is {MEMORY_BYTES_MIN}")));
+        }
+        let spare = cap_bytes - (MEMORY_BYTES_MIN - (32 << 20));
+        let cache_bytes = usize::try_from(spare / 3).unwrap_or(usize::MAX);
+        let segments = usize::try_from(spare / 3 / (2 << 20)).unwrap_or(usize::MAX).clamp(12, 4096);
+        Ok(Self { cache_bytes, segments })
+    }
+}
+
+impl Default for MemoryShares {
+    fn default() -> Self {
+        Self::of(MEMORY_BYTES_DEFAULT).unwrap_or(Self { cache_bytes: 48 << 20, segments: 24 })
+    }
+}
+
+/// An open store.
+pub struct Store {
+    backend: Arc<dyn Backend>,
+    derived: Option<PathBuf>,
+    caches: Arc<Caches>,
+    clock: Arc<dyn Clock>,
+    shares: MemoryShares,
+    config: StoreConfig,
+    vms: Mutex<HashMap<String, Arc<Vm>>>,
+}
+
+/// The key of a VM's lock.
+pub fn lock_key(vm: &str) -> Key {
+    Key::new(format!("vms/{vm}/write.lock"))
+}
+
+impl Store {
+    /// Makes a store in a folder that is empty or not there yet.
+    ///
+    /// # Errors
+    /// `Exists` when there is a store or anything else, `Denied`, `ReadOnly`, `NoSpace`, `Unavailable`.
+    pub fn init(root: &Path, clock: &dyn Clock) -> Result<()> {
+        config::make_folder(root)?;
+        let backend = Local::open(root)?;
+        config::write_new(&backend, clock)?;
+        backend.keep_reserve();
+        Ok(())
+    }
+
+    /// Opens the store in a folder.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none, `Corrupt` or `Unsupported` when its configuration cannot be used; all name
+    /// the path.
+    pub fn open(root: &Path, clock: Arc<dyn Clock>, shares: MemoryShares) -> Result<Self> {
+        let about = |e: Error| e.within(format!("store {}", root.display()));
+        if !root.is_dir() {
+            return Err(not_found(format!("store {}: there is no such folder", root.display())));
+        }
+        let backend: Arc<dyn Backend> = Arc::new(Local::open(root).map_err(about)?);
+        Self::with_backend(backend, Some(root.join("derived")), clock, shares).map_err(about)
+    }
+
+    /// Opens the store that a backend holds; `derived` is where rebuildable data may lie.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn with_backend(
+        backend: Arc<dyn Backend>,
+        derived: Option<PathBuf>,
+        clock: Arc<dyn Clock>,
+        shares: MemoryShares,
+    ) -> Result<Self> {
+        let config = config::read(&*backend)?;
+        let caches = Arc::new(Caches::new(shares.cache_bytes));
+        Ok(Self { backend, derived, caches, clock, shares, config, vms: Mutex::default() })
+    }
+
+    /// Where objects are.
+    pub fn backend(&self) -> &Arc<dyn Backend> {
+        &self.backend
+    }
+
+    /// The store's configuration.
+    pub fn config(&self) -> &StoreConfig {
+        &self.config
+    }
+
+    /// The store's clock.
+    pub fn clock(&self) -> &Arc<dyn Clock> {
+        &self.clock
+    }
+
+    /// How memory is shared out.
+    pub fn shares(&self) -> MemoryShares {
+        self.shares
+    }
+
+    /// The folder of a VM's derived data, if derived data is kept.
+    pub fn derived_folder(&self, vm: &str) -> Option<PathBuf> {
+        self.derived.as_ref().map(|folder| folder.join("vms").join(vm))
+    }
+
+    /// The folder of all derived data, if it is kept.
+    pub fn derived_root(&self) -> Option<&Path> {
+        self.derived.as_deref()
+    }
+
+    /// The handle of a VM, whether it is there or not. No I/O.
+    pub fn vm_handle(&self, name: &VmName) -> Arc<Vm> {
+        let mut vms = self.vms.lock().unwrap_or_else(PoisonError::into_inner);
+        vms.entry(name.as_str().to_owned())
+            .or_insert_with(|| Arc::new(Vm::new(name.as_str(), self.backend.clone(), self.clock.clone())))
+            .clone()
+    }
+
+    /// A VM and its newest state.
+    ///
+    /// # Errors
+    /// `NotFound` when it is not there (or was deleted), `Corrupt`, `Unavailable`.
+    pub fn vm(&self, name: &VmName) -> Result<(Arc<Vm>, Arc<VmState>)> {
+        let vm = self.vm_handle(name);
+        let state = vm.refresh()?;
+        if state.exists() {
+            Ok((vm, state))
+        } else {
+            Err(not_found(format!("VM {:?} is not there", name.as_str())))
+        }
+    }
+
+    /// The names of all VMs that have a log, deleted ones included. Cost: one listing.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Denied`.
+    pub fn vm_names(&self) -> Result<Vec<VmName>> {
+        let rows = self.backend.list(&Key::new("vms"))?;
+        // A name that is not legal was not made by us: `check` tells of it.
+        Ok(rows.iter().filter(|r| r.is_folder).filter_map(|r| VmName::new(&r.name).ok()).collect())
+    }
+
+    /// A VM that can be written to, made if it is not there.
+    ///
+    /// # Errors
+    /// `NoSpace`, `ReadOnly`, `Corrupt`, `Unavailable`.
+    pub fn vm_or_create(&self, name: &VmName) -> Result<Arc<Vm>> {
+        let vm = self.vm_handle(name);
+        match vm.refresh() {
+            Ok(state) if state.exists() => return Ok(vm),
+            Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        vm.create(self.new_folder())?;
+        Ok(vm)
+    }
+
+    /// Attributes of a folder that this process makes.
+    pub fn new_folder(&self) -> Attributes {
+        Attributes {
+            mode: 0o700,
+            uid: rustix::process::geteuid().as_raw(),
+            gid: rustix::process::getegid().as_raw(),
+            mtime: self.clock.now(),
+        }
+    }
+
+    /// The packs of a VM as a reader sees them.
+    pub fn packs(&self, vm: &Arc<Vm>) -> Arc<Packs> {
+        Arc::new(Packs::new(self.backend.clone(), self.caches.clone(), vm.clone()))
+    }
+
+    /// The file that a reference means in a state.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub fn resolve(state: &VmState, reference: &Reference) -> Result<FileEntry> {
+        let disk = reference.disk.as_ref().map(|d| d.as_str());
+        let found = match &reference.file {
+            Some(file) => state.find(disk, file.as_str()),
+            None => state.latest(disk),
+        };
+        found.cloned().ok_or_else(|| not_found(format!("snapshot {reference} is not there")))
+    }
+
+    /// Opens a snapshot (or a draft's last commit) for reading, held against collection (I6).
+    ///
+    /// # Errors
+    /// `NotFound`, `Stale` when it was forgotten meanwhile, `Corrupt`, `Unavailable`.
+    pub fn open_image(&self, vm: &Arc<Vm>, file: &FileEntry) -> Result<Image> {
+        let name = format!("{}/{}", vm.name(), file.path());
+        let about = |e: Error| e.within(&name);
+        let state = vm.state();
+        let key = root_key(vm.name(), file.root);
+        let missing = |e: Error| match e.kind() {
+            ErrorKind::NotFound => {
+                // Gone because it was forgotten, or gone although the log has it?
+                let still = vm.refresh().is_ok_and(|now| now.files.get(&file.id).is_some_and(|f| f.root == file.root));
+                let kind = if still { ErrorKind::Corrupt } else { ErrorKind::Stale };
+                Error::new(kind, format!("{key}: is missing")).because(e)
+            }
+            _ => e,
+        };
+        let pin = self.backend.pin(&key).map_err(missing).map_err(about)?;
+        // Collection asks for pins after it has read the forget record. Whoever pins and then still finds the
+        // file in the log was early enough; the other is told that it is gone.
+        let now = vm.refresh()?;
+        if now.files.get(&file.id).is_none_or(|f| f.root != file.root) {
+            return Err(about(Error::new(ErrorKind::Stale, "was forgotten or replaced meanwhile")));
+        }
+        let root = read_root(&*self.backend, vm.name(), state.incarnation, file.root).map_err(missing).map_err(about)?;
+        Ok(Image::new(name.clone(), Arc::new(root), self.packs(vm), Some(pin)))
+    }
+
+    /// Opens what a reference means.
+    ///
+    /// # Errors
+    /// As [`Store::open_image`].
+    pub fn open_reference(&self, reference: &Reference) -> Result<(Arc<Vm>, FileEntry, Image)> {
+        let (vm, state) = self.vm(&reference.vm).map_err(|e| match e.kind() {
+            ErrorKind::NotFound => not_found(format!("snapshot {reference} is not there")).because(e),
+            _ => e,
+        })?;
+        // A draft that commits between the look at the log and the open is looked up again.
+        let mut state = state;
+        for _ in 0..16 {
+            let file = Self::resolve(&state, reference)?;
+            match self.open_image(&vm, &file) {
+                Err(e) if e.kind() == ErrorKind::Stale => state = vm.refresh()?,
+                Err(e) => return Err(e),
+                Ok(image) => return Ok((vm, file, image)),
+            }
+        }
+        Err(Error::new(ErrorKind::Unavailable, format!("{reference}: changes all the time")))
+    }
+}
+
+/// The name of a file of a VM.
+pub fn full_name(vm: &str, file: &FileEntry) -> String {
+    format!("{vm}/{}", file.path())
+}
+
+/// Splits a snapshot name into what the log keeps.
+pub fn disk_and_file(name: &SnapshotName) -> (Option<String>, String) {
+    (name.disk.as_ref().map(|d| d.as_str().to_owned()), name.file.as_str().to_owned())
+}

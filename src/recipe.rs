@@ -288,6 +288,8 @@ fn take_bitmap(reader: &mut Reader<'_>) -> Result<RoaringTreemap> {
 pub struct GroupRef {
     /// Index of the group within the grid.
     pub group: u32,
+    /// Blocks with data in the group.
+    pub data_blocks: u32,
     /// The page.
     pub page: Place,
 }
@@ -295,6 +297,7 @@ pub struct GroupRef {
 impl Wire for GroupRef {
     fn put(&self, out: &mut Vec<u8>) {
         self.group.put(out);
+        self.data_blocks.put(out);
         self.page.slot.pack().put(out);
         self.page.slot.slot().put(out);
         self.page.generation.put(out);
@@ -305,10 +308,12 @@ impl Wire for GroupRef {
 
     fn take(reader: &mut Reader<'_>) -> Result<Self> {
         let group = u32::take(reader)?;
+        let data_blocks = u32::take(reader)?;
         let pack = Serial::take(reader)?;
         let slot = u16::take(reader)?;
         Ok(Self {
             group,
+            data_blocks,
             page: Place {
                 slot: SlotId::new(pack, slot),
                 generation: Wire::take(reader)?,
@@ -398,7 +403,9 @@ impl RootPage {
         let grid = Grid::from_lead(root.lead)?;
         let groups = grid.segments(root.image_bytes).div_ceil(GROUP_SEGMENTS as u32);
         let ordered = root.groups.windows(2).all(|g| matches!(g, [a, b] if a.group < b.group));
-        if root.image_bytes > IMAGE_BYTES_MAX || !ordered || root.groups.last().is_some_and(|g| g.group >= groups) {
+        let blocks: u64 = root.groups.iter().map(|g| u64::from(g.data_blocks)).sum();
+        let fits = ordered && blocks == root.data_blocks && root.groups.last().is_none_or(|g| g.group < groups);
+        if root.image_bytes > IMAGE_BYTES_MAX || !fits {
             return Err(corrupt(format!("root page: {} groups, size {}", root.groups.len(), root.image_bytes)));
         }
         Ok(root)

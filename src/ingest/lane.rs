@@ -88,17 +88,7 @@ impl OpenPack {
         let prints = inner.prints.get(usize::from(first)..usize::from(first) + count).map(<[_]>::to_vec);
         let prints = prints.ok_or_else(|| corrupt("frame without fingerprints"))?;
         let writer = inner.writer.as_mut().ok_or_else(|| corrupt("pack is finished already"))?;
-        let mut row = FrameRow {
-            first_slot: first,
-            span_less_one: (frame.span - 1) as u8,
-            codec: frame.codec,
-            stored_bytes: 0,
-            raw_bytes: frame.raw_bytes,
-            present: frame.present,
-            checksum: crate::pack::frame::Checksum([0; 16]),
-        };
-        let (offset, stored_bytes) = writer.append(frame, &prints)?;
-        row.stored_bytes = stored_bytes;
+        let (row, offset) = writer.append(frame, &prints)?;
         inner.rows.insert(first, (row, offset));
         inner.raw.remove(&first);
         Ok(())
@@ -267,6 +257,17 @@ impl Finishing {
         Ok(())
     }
 
+    /// Entries of those that became objects, for deletion.
+    fn abandoned(&mut self) -> Vec<PackEntry> {
+        let packs = std::mem::take(&mut self.packs);
+        let entry = |pack: Arc<OpenPack>| {
+            let done = pack.outcome().ok()?;
+            pack.packs.hide(pack.number);
+            pack_entry(pack.number, pack.content, &done, pack.object()).ok()
+        };
+        packs.into_iter().filter_map(entry).collect()
+    }
+
     /// Waits for all; their log entries.
     fn entries(&mut self) -> Result<Vec<PackEntry>> {
         let mut entries = Vec::new();
@@ -384,6 +385,14 @@ impl DataLane {
     pub fn finish(&mut self) -> Result<Vec<PackEntry>> {
         self.close_pack()?;
         self.finishing.entries()
+    }
+
+    /// Gives up what is not durable yet; entries of what became objects, for deletion.
+    pub fn abandon(&mut self) -> Vec<PackEntry> {
+        if let Some(pack) = self.open.take() {
+            pack.packs.hide(pack.number);
+        }
+        self.finishing.abandoned()
     }
 
     /// Bytes of frames appended since the lane was made.
@@ -512,5 +521,13 @@ impl RecipeLane {
         self.close_pack()?;
         self.frames.clear();
         self.finishing.entries()
+    }
+
+    /// Gives up what is not durable yet; entries of what became objects, for deletion.
+    pub fn abandon(&mut self) -> Vec<PackEntry> {
+        if let Some(pack) = self.open.take() {
+            pack.packs.hide(pack.number);
+        }
+        self.finishing.abandoned()
     }
 }

@@ -1,11 +1,12 @@
 //! The write path W1-W9: from written ranges to a committed snapshot.
 
-
+pub mod backup;
+pub mod budget;
 pub mod change_map;
-
-
+pub mod draft;
+pub mod draft_tree;
 pub mod lane;
 pub mod partition;
-
+pub mod ranges;
 pub mod source;
-
+pub mod writer;

@@ -251,7 +251,7 @@ impl Packs {
         let mut slot = u32::from(first);
         let mut rest = out;
         while !rest.is_empty() {
-            let wanted = rest.len() / BLOCK_BYTES;
+            let wanted = rest.len().div_ceil(BLOCK_BYTES);
             let absent = || corrupt(format!("slot {slot} is not in pack {}", member.number));
             let at = u16::try_from(slot).ok().and_then(|s| member.frame_of(s)).ok_or_else(absent)?;
             let key = |at: usize| (place.incarnation, place.object, member.offsets.get(at).copied().unwrap_or(0));

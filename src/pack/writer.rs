@@ -82,11 +82,11 @@ impl PackWriter {
         }
     }
 
-    /// Appends a frame with one fingerprint per present slot; returns its offset and stored bytes.
+    /// Appends a frame with one fingerprint per present slot; returns its row and its offset.
     ///
     /// # Errors
     /// As [`Upload::append`].
-    pub fn append(&mut self, frame: PackedFrame, fingerprints: &[Fingerprint]) -> Result<(u64, u32)> {
+    pub fn append(&mut self, frame: PackedFrame, fingerprints: &[Fingerprint]) -> Result<(FrameRow, u64)> {
         let Some(part) = self.parts.last_mut() else { return Err(invalid("pack without a member")) };
         let mut row = FrameRow {
             first_slot: frame.first_slot,
@@ -108,7 +108,7 @@ impl PackWriter {
         self.frames_bytes += stored.len() as u64;
         part.frames.push(row);
         part.fingerprints.extend_from_slice(fingerprints);
-        Ok((offset, row.stored_bytes))
+        Ok((row, offset))
     }
 
     /// Appends a frame that another object holds, byte for byte, under its own row.
@@ -127,20 +127,6 @@ impl PackWriter {
     /// Bytes of frames so far.
     pub fn frames_bytes(&self) -> u64 {
         self.frames_bytes
-    }
-
-    /// The row of a frame and its offset, among the frames of the member being written.
-    pub fn frame(&self, at: usize) -> Option<(FrameRow, u64)> {
-        let part = self.parts.last()?;
-        let row = *part.frames.get(at)?;
-        let before: u64 = self.parts.iter().flat_map(|p| &p.frames).map(|f| u64::from(f.stored_bytes)).sum();
-        let after: u64 = part.frames.get(at..)?.iter().map(|f| u64::from(f.stored_bytes)).sum();
-        Some((row, HEADER_BYTES as u64 + before - after))
-    }
-
-    /// Fingerprints of the member being written, in slot order.
-    pub fn fingerprints(&self) -> &[Fingerprint] {
-        self.parts.last().map_or(&[], |p| &p.fingerprints)
     }
 
     /// Reads bytes that were appended.

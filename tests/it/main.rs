@@ -1,4 +1,12 @@
-//! All tests across modules, one binary.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "helpers of tests fail like tests")]
+//! All integration tests, one binary: see docs/TESTING.md for the tiers.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a test that cannot go on says why and ends"
+)]
 
 mod backend_suite;
+mod model;
+mod world;

@@ -1,0 +1,153 @@
+//! When drafts become snapshots: a grace time after the last close, or at once by a rename.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use crate::backend::Guard;
+use crate::catalog::record::Op;
+use crate::catalog::vm::Vm;
+use crate::error::{ErrorKind, Result};
+use crate::fs::{FileKey, MountedStore, lock};
+use crate::name::FileName;
+use crate::store::lock_key;
+
+/// How often what is idle is let go of.
+const TIDY_EVERY: Duration = Duration::from_secs(2);
+
+/// A draft that is sealed when its time has come.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Candidate {
+    due: Duration,
+}
+
+/// Why this process may seal: it is the VM's writer itself, or nobody is.
+pub(super) enum SealGuard {
+    OurSession,
+    Locked(#[expect(dead_code, reason = "held, not read")] Box<dyn Guard>),
+}
+
+impl MountedStore {
+    /// The right to seal in a VM; `None` when another process writes it, whose draft it may be.
+    pub(super) fn seal_guard(&self, vm: &Arc<Vm>, name: &str) -> Result<Option<SealGuard>> {
+        if self.has_session(name) {
+            return Ok(Some(SealGuard::OurSession));
+        }
+        Ok(vm.backend().try_lock(&lock_key(name))?.map(SealGuard::Locked))
+    }
+
+    /// The last writer has closed a file: its grace time begins, or it is over already.
+    pub(super) fn consider(&self, key: &FileKey, at_once: bool) {
+        let grace = if at_once { Duration::ZERO } else { self.options.seal_after };
+        let due = self.store.clock().elapsed() + grace;
+        lock(&self.candidates).insert(key.clone(), Candidate { due });
+        if at_once {
+            self.seal_due(false);
+        }
+    }
+
+    /// What a rename means for the grace time.
+    pub(super) fn after_rename(&self, key: &FileKey, has_writers: bool, name: &FileName) {
+        if name.is_draft_name() {
+            return;
+        }
+        if has_writers {
+            if let Some(open) = lock(&self.open_files).get(key) {
+                open.renamed();
+            }
+            return;
+        }
+        let is_draft = self.file(key).is_ok_and(|(_, entry)| entry.sealed.is_none() && entry.data_blocks > 0);
+        if is_draft {
+            // Another process had the VM: soon.
+            self.consider(key, false);
+        } else {
+            lock(&self.candidates).remove(key);
+        }
+    }
+
+    /// Seals what is due, lets go of what is idle. Called every half second or so by the mount's own thread.
+    pub fn tick(&self) {
+        if !self.options.read_only {
+            if !self.is_scanned.swap(true, Ordering::Relaxed) {
+                self.find_candidates();
+            }
+            self.seal_due(false);
+        }
+        let now = self.store.clock().elapsed();
+        let mut tidied = lock(&self.tidied);
+        if now >= *tidied + TIDY_EVERY {
+            *tidied = now;
+            drop(tidied);
+            self.store.backend().tidy();
+            lock(&self.lingering_links).retain(|_, until| *until > now);
+        }
+    }
+
+    /// Drafts that were closed before the daemon ended get their grace time now.
+    fn find_candidates(&self) {
+        let Ok(names) = self.store.vm_names() else { return };
+        for name in names {
+            let Ok((_, state)) = self.vm(name.as_str()) else { continue };
+            for file in state.files.values().filter(|f| f.sealed.is_none() && f.closed && f.data_blocks > 0) {
+                let key = (name.as_str().to_owned(), file.id);
+                if !lock(&self.open_files).contains_key(&key) {
+                    self.consider(&key, false);
+                }
+            }
+        }
+    }
+
+    fn seal_due(&self, all: bool) {
+        let now = self.store.clock().elapsed();
+        let due: Vec<FileKey> =
+            lock(&self.candidates).iter().filter(|(_, c)| all || c.due <= now).map(|(key, _)| key.clone()).collect();
+        for key in due {
+            match self.seal(&key) {
+                Ok(true) => {
+                    lock(&self.candidates).remove(&key);
+                }
+                // Another process writes the VM: at the next tick.
+                Ok(false) => {}
+                Err(e) => {
+                    if !matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Stale) {
+                        log::warn!("{}: a draft is not sealed: {e}", key.0);
+                    }
+                    lock(&self.candidates).remove(&key);
+                }
+            }
+        }
+    }
+
+    /// Seals a draft, if it is one that is sealed by time; `false` when it has to be tried again.
+    fn seal(&self, key: &FileKey) -> Result<bool> {
+        let (vm, entry) = self.file(key)?;
+        let is_never = |name: &str| FileName::new(name).map_or(true, |n| n.is_draft_name());
+        if entry.sealed.is_some() || entry.data_blocks == 0 || is_never(&entry.name) {
+            return Ok(true);
+        }
+        let Some(_guard) = self.seal_guard(&vm, &key.0)? else { return Ok(false) };
+        if lock(&self.open_files).get(key).is_some_and(|f| f.has_writers()) {
+            return Ok(true);
+        }
+        vm.append(None, |state| {
+            let file = state.file(key.1)?;
+            let fits = file.sealed.is_none() && file.data_blocks > 0 && !is_never(&file.name);
+            Ok((if fits { vec![Op::Seal { file: key.1 }] } else { Vec::new() }, ()))
+        })?;
+        Ok(true)
+    }
+
+    /// Commits everything, and seals what waits for its grace time: nobody can write through this mount any more.
+    ///
+    /// # Errors
+    /// The first error of a commit.
+    pub fn shut_down(&self) -> Result<()> {
+        if self.options.read_only {
+            return Ok(());
+        }
+        let outcome = self.commit_all();
+        self.seal_due(true);
+        outcome
+    }
+}

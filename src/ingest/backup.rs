@@ -1,0 +1,452 @@
+//! `snapfs backup`: reads a source from front to back and commits a sealed snapshot, all or nothing.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use crate::catalog::record::Op;
+use crate::catalog::state::{FileEntry, VmState};
+use crate::catalog::vm::Vm;
+use crate::error::{Error, ErrorKind, Result, invalid, not_found};
+use crate::fingerprint::Fingerprint;
+use crate::image::tree::Tree;
+use crate::ingest::change_map::ChangeMap;
+use crate::ingest::draft_tree::DraftTree;
+use crate::ingest::partition::{FIRST_BYTES, grid_phase};
+use crate::ingest::source::Source;
+use crate::ingest::writer::{CommitRequest, Writer, verify_unchanged};
+use crate::limits::{BATCH_SEGMENTS, IMAGE_BYTES_MAX, SEGMENT_BYTES};
+use crate::name::{Reference, SnapshotName};
+use crate::recipe::Tally;
+use crate::store::session::Session;
+use crate::store::{Store, disk_and_file};
+use crate::units::{Grid, SegmentIndex};
+
+/// Batches on their way from the source: one is read while one is worked on.
+const BATCHES_AHEAD: usize = 1;
+
+/// Segments of an untouched part that are read all the same, at the least, to catch a change map that lies.
+const SAMPLES_MIN: u32 = 16;
+
+/// One segment in this many is read all the same.
+const SAMPLE_ONE_IN: u32 = 100;
+
+/// How a backup is made.
+#[derive(Debug, Default)]
+pub struct BackupOptions {
+    /// Compare with this snapshot and not with the newest of the disk.
+    pub parent: Option<Reference>,
+    /// Text of a change map against the parent.
+    pub changed: Option<Vec<u8>>,
+    /// Read what the map calls unchanged, and refuse the map if it is not.
+    pub verify_map: bool,
+}
+
+/// How far a backup is.
+#[derive(Debug, Clone, Copy)]
+pub struct BackupProgress {
+    /// Bytes of the image that are done.
+    pub bytes_done: u64,
+    /// Bytes of the image, where the source tells.
+    pub bytes_total: Option<u64>,
+}
+
+/// What a backup did.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct BackupReport {
+    /// The snapshot.
+    pub name: String,
+    /// Bytes of the image.
+    pub image_bytes: u64,
+    /// What each level did.
+    pub tally: Tally,
+}
+
+/// What the reader thread hands over.
+struct Batch {
+    segments: Vec<(SegmentIndex, Vec<u8>)>,
+    done: u64,
+}
+
+/// Backs a source up as a new sealed snapshot.
+///
+/// # Errors
+/// `Exists`, `NotFound` (the parent), `Invalid` (the source changed, the map is wrong), `Busy`, `NoSpace`,
+/// `TooLarge`, `ReadOnly`, `Corrupt`, `Unavailable`. Nothing is visible after any of them.
+pub fn backup(
+    store: &Store,
+    name: &SnapshotName,
+    source: Source,
+    options: BackupOptions,
+    progress: &dyn Fn(BackupProgress),
+) -> Result<BackupReport> {
+    let (disk, file_name) = disk_and_file(name);
+    let early = early_checks(store, name, &options)?;
+    let vm = match early {
+        Some(vm) => vm,
+        None => store.vm_or_create(&name.vm)?,
+    };
+    let session = Arc::new(Session::begin(store, &vm)?);
+    let state = vm.state();
+    refuse_taken_name(&state, name)?;
+    if let Some(disk) = &disk
+        && !state.disks.contains_key(disk)
+    {
+        let attributes = store.new_folder();
+        session.append(|state| {
+            let op = Op::MakeDisk { name: disk.clone(), attributes };
+            Ok((if state.disks.contains_key(disk) { Vec::new() } else { vec![op] }, ()))
+        })?;
+    }
+    let parent_file = match &options.parent {
+        Some(reference) => Some(Store::resolve(&state, reference)?),
+        None => state.latest(disk.as_deref()).cloned(),
+    };
+    let parent = open_parent(store, &vm, &session, parent_file.as_ref(), options.parent.is_some())?;
+    let mut work = Work {
+        writer: Writer::new(session.clone(), parent.clone()),
+        tree: DraftTree::empty(session.packs().clone()),
+        parent,
+        progress,
+    };
+    match work.run(source, &options) {
+        Ok((grid, image_bytes)) => {
+            let now = store.clock().now();
+            let tally = work.writer.tally();
+            let request = CommitRequest {
+                file: session.next_serial()?,
+                disk,
+                name: file_name,
+                is_known: false,
+                image_bytes,
+                grid,
+                uid: rustix::process::geteuid().as_raw(),
+                gid: rustix::process::getegid().as_raw(),
+                mtime: now,
+                closed: true,
+                sealed: true,
+            };
+            if let Err(e) = work.writer.commit(&mut work.tree, &request) {
+                if e.kind() != ErrorKind::Unavailable {
+                    work.writer.abandon();
+                }
+                return Err(e.within(name));
+            }
+            Ok(BackupReport { name: name.to_string(), image_bytes, tally })
+        }
+        Err(e) => {
+            work.writer.abandon();
+            Err(e.within(name))
+        }
+    }
+}
+
+/// Refuses what can be refused before anything is written, a begin record included.
+fn early_checks(store: &Store, name: &SnapshotName, options: &BackupOptions) -> Result<Option<Arc<Vm>>> {
+    if options.changed.is_some() && options.parent.is_none() {
+        return Err(invalid("a change map needs the snapshot that it was taken against: --parent"));
+    }
+    if let Some(parent) = options.parent.as_ref().filter(|p| p.vm != name.vm) {
+        return Err(invalid(format!("parent {parent} is of another VM than {name}")));
+    }
+    match store.vm(&name.vm) {
+        Ok((vm, state)) => {
+            refuse_taken_name(&state, name)?;
+            if let Some(parent) = &options.parent {
+                Store::resolve(&state, parent)?;
+            }
+            Ok(Some(vm))
+        }
+        Err(e) if e.kind() == ErrorKind::NotFound => match &options.parent {
+            Some(parent) => Err(not_found(format!("snapshot {parent} is not there"))),
+            None => Ok(None),
+        },
+        Err(e) => Err(e),
+    }
+}
+
+fn refuse_taken_name(state: &VmState, name: &SnapshotName) -> Result<()> {
+    let (disk, file) = disk_and_file(name);
+    let taken = match (&disk, state.find(disk.as_deref(), &file)) {
+        (_, Some(_)) => "exists already",
+        (None, None) if state.disks.contains_key(&file) => "is a disk's folder",
+        (Some(disk), None) if state.find(None, disk).is_some() => "lies below a snapshot",
+        _ => return Ok(()),
+    };
+    Err(Error::new(ErrorKind::Exists, format!("{name} {taken}")))
+}
+
+/// The parent's tree, through the session's view of the packs. A parent that was chosen by us and is damaged is
+/// done without; one that was asked for must be whole.
+fn open_parent(
+    store: &Store,
+    vm: &Arc<Vm>,
+    session: &Session,
+    file: Option<&FileEntry>,
+    is_asked_for: bool,
+) -> Result<Option<Arc<Tree>>> {
+    let Some(file) = file else { return Ok(None) };
+    match store.open_image(vm, file) {
+        Ok(image) => Ok(Some(Arc::new(Tree::new(image.tree().root().clone(), session.packs().clone())))),
+        Err(e) if !is_asked_for && e.kind() == ErrorKind::Corrupt => {
+            log::warn!("{}: not compared with its parent: {e}", vm.name());
+            Ok(None)
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// A parent for a writer that has none yet: the newest snapshot of the disk.
+///
+/// # Errors
+/// `Unavailable`.
+pub fn newest_parent(store: &Store, session: &Session, disk: Option<&str>) -> Result<Option<Arc<Tree>>> {
+    let vm = session.vm();
+    let file = vm.state().latest(disk).cloned();
+    match open_parent(store, vm, session, file.as_ref(), false) {
+        Err(e) if matches!(e.kind(), ErrorKind::Stale | ErrorKind::NotFound) => Ok(None),
+        done => done,
+    }
+}
+
+struct Work<'a> {
+    writer: Writer,
+    tree: DraftTree,
+    parent: Option<Arc<Tree>>,
+    progress: &'a dyn Fn(BackupProgress),
+}
+
+impl Work<'_> {
+    /// Reads all of the source; the grid and the size of the image.
+    fn run(&mut self, source: Source, options: &BackupOptions) -> Result<(Grid, u64)> {
+        let total = source.bytes();
+        if total.is_some_and(|bytes| bytes > IMAGE_BYTES_MAX) {
+            return Err(Error::new(ErrorKind::TooLarge, format!("the source has over {IMAGE_BYTES_MAX} bytes")));
+        }
+        let parent_root = self.parent.as_ref().map(|p| p.root().clone());
+        let Some(bytes) = total else {
+            if options.changed.is_some() {
+                return Err(invalid("a change map goes with a file or a device, not with a stream"));
+            }
+            return self.run_stream(source, parent_root.map(|root| root.grid()));
+        };
+        let grid = match &parent_root {
+            Some(root) => root.grid(),
+            None => {
+                let mut first = vec![0; FIRST_BYTES.min(usize::try_from(bytes).unwrap_or(usize::MAX))];
+                source.read_at(0, &mut first)?;
+                Grid::with_phase(grid_phase(&first, bytes))
+            }
+        };
+        let map = match &options.changed {
+            Some(text) => Some(ChangeMap::parse(text, bytes)?),
+            None => None,
+        };
+        if let (Some(_), Some(root)) = (&map, &parent_root)
+            && root.image_bytes != bytes
+        {
+            let (then, now) = (root.image_bytes, bytes);
+            return Err(invalid(format!("change map: the parent has {then} bytes, the source {now}")));
+        }
+        let unread = match &map {
+            Some(map) => self.reuse_unchanged(map, grid, bytes, options.verify_map)?,
+            None => None,
+        };
+        let source = &source;
+        self.pump(Some(bytes), move |send| read_file(source, grid, bytes, unread.as_ref(), send))?;
+        source.verify_unchanged()?;
+        Ok((grid, bytes))
+    }
+
+    fn run_stream(&mut self, mut source: Source, grid: Option<Grid>) -> Result<(Grid, u64)> {
+        let mut first = vec![0; FIRST_BYTES];
+        let count = source.read_full(&mut first)?;
+        first.truncate(count);
+        let grid = grid.unwrap_or_else(|| Grid::with_phase(grid_phase(&first, u64::MAX)));
+        let bytes = self.pump(None, move |send| read_stream(source, grid, &first, send))?;
+        Ok((grid, bytes))
+    }
+
+    /// Takes over what the map calls unchanged, but for a sample that is read all the same. Returns what must not
+    /// be read, and what must turn out unchanged.
+    fn reuse_unchanged(&mut self, map: &ChangeMap, grid: Grid, bytes: u64, verify_all: bool) -> Result<Option<Unread>> {
+        let mut unread = Unread::default();
+        let mut offset = [0; 4];
+        crate::catalog::vm::fill_random(&mut offset)?;
+        let untouched: Vec<u32> = (0..grid.segments(bytes))
+            .filter(|s| {
+                let start = SegmentIndex(*s).grid_offset();
+                let end = start + SEGMENT_BYTES as u64;
+                !map.touches(grid.image_offset(start), grid.image_offset(end).min(bytes))
+            })
+            .collect();
+        let step = (untouched.len() as u32 / SAMPLES_MIN).clamp(1, SAMPLE_ONE_IN);
+        let shift = u32::from_le_bytes(offset) % step;
+        for (at, segment) in untouched.iter().enumerate() {
+            let segment = SegmentIndex(*segment);
+            if verify_all || at as u32 % step == shift {
+                unread.to_verify.insert(segment.0, self.writer.parent_digest(segment)?);
+            } else if let Some(place) = self.writer.reuse(segment)? {
+                self.tree.set(segment, place)?;
+                unread.taken.insert(segment.0);
+            }
+        }
+        Ok(Some(unread))
+    }
+
+    /// Runs `read` in a thread of its own and works on what it sends. Returns what `read` returns.
+    fn pump<T: Send>(
+        &mut self,
+        total: Option<u64>,
+        read: impl FnOnce(&SyncSender<Batch>) -> Result<T> + Send,
+    ) -> Result<T> {
+        std::thread::scope(|scope| {
+            let (send, receive) = sync_channel::<Batch>(BATCHES_AHEAD);
+            let reader = scope.spawn(move || read(&send));
+            let worked = self.work(&receive, total);
+            // A reader that still sends is told by the closed channel.
+            drop(receive);
+            let read = reader.join().map_err(|_| Error::new(ErrorKind::Unavailable, "the reading thread died"))?;
+            worked?;
+            read
+        })
+    }
+
+    fn work(&mut self, receive: &Receiver<Batch>, total: Option<u64>) -> Result<()> {
+        for batch in receive {
+            let segments: Vec<(SegmentIndex, &[u8])> =
+                batch.segments.iter().map(|(segment, bytes)| (*segment, bytes.as_slice())).collect();
+            for (segment, place) in self.writer.take(&segments)? {
+                self.tree.set(segment, place)?;
+            }
+            self.writer.shrink(&mut self.tree)?;
+            (self.progress)(BackupProgress { bytes_done: batch.done, bytes_total: total });
+        }
+        Ok(())
+    }
+}
+
+/// What a change map spares.
+#[derive(Default)]
+struct Unread {
+    taken: roaring::RoaringBitmap,
+    to_verify: std::collections::BTreeMap<u32, Option<Fingerprint>>,
+}
+
+/// Collects segments into batches.
+struct Batcher<'a> {
+    send: &'a SyncSender<Batch>,
+    segments: Vec<(SegmentIndex, Vec<u8>)>,
+}
+
+impl Batcher<'_> {
+    fn push(&mut self, segment: SegmentIndex, bytes: Vec<u8>, done: u64) -> Result<()> {
+        self.segments.push((segment, bytes));
+        if self.segments.len() >= BATCH_SEGMENTS { self.flush(done) } else { Ok(()) }
+    }
+
+    fn flush(&mut self, done: u64) -> Result<()> {
+        let segments = std::mem::take(&mut self.segments);
+        let closed = |_| Error::new(ErrorKind::Unavailable, "the writing side has ended");
+        self.send.send(Batch { segments, done }).map_err(closed)
+    }
+}
+
+fn read_file(
+    source: &Source,
+    grid: Grid,
+    bytes: u64,
+    unread: Option<&Unread>,
+    send: &SyncSender<Batch>,
+) -> Result<()> {
+    let mut batcher = Batcher { send, segments: Vec::new() };
+    let mut at = 0;
+    while let Some((start, end)) = source.next_data(at)? {
+        let first = SegmentIndex::holding(grid.offset(start.max(at)));
+        let last = SegmentIndex::holding(grid.offset(end - 1));
+        for segment in first.0..=last.0 {
+            let segment = SegmentIndex(segment);
+            let from = grid.image_offset(segment.grid_offset());
+            let to = grid.image_offset(segment.grid_offset() + SEGMENT_BYTES as u64).min(bytes);
+            at = to;
+            if unread.is_some_and(|u| u.taken.contains(segment.0)) {
+                continue;
+            }
+            let mut buffer = vec![0; SEGMENT_BYTES];
+            let skip = (grid.offset(from) - segment.grid_offset()) as usize;
+            let count = (to - from) as usize;
+            let part = buffer.get_mut(skip..skip + count).unwrap_or_default();
+            read_data(source, from, part)?;
+            if let Some(parent) = unread.and_then(|u| u.to_verify.get(&segment.0)) {
+                verify_unchanged(*parent, &buffer, segment)?;
+            }
+            batcher.push(segment, buffer, to)?;
+        }
+        if at >= bytes {
+            break;
+        }
+    }
+    verify_holes(unread, source, grid, bytes)?;
+    batcher.flush(bytes)
+}
+
+/// Reads what is data in a range; `out` is zeros before.
+fn read_data(source: &Source, from: u64, out: &mut [u8]) -> Result<()> {
+    let until = from + out.len() as u64;
+    let mut at = from;
+    while at < until {
+        let Some((start, end)) = source.next_data(at)? else { break };
+        let (start, end) = (start.max(at), end.min(until));
+        if start >= until {
+            break;
+        }
+        let part = out.get_mut((start - from) as usize..(end - from) as usize).unwrap_or_default();
+        source.read_at(start, part)?;
+        at = end;
+    }
+    Ok(())
+}
+
+/// Segments of the sample that the source has as holes were not read: the parent must have holes there, too.
+fn verify_holes(unread: Option<&Unread>, source: &Source, grid: Grid, bytes: u64) -> Result<()> {
+    let Some(unread) = unread else { return Ok(()) };
+    for (segment, parent) in unread.to_verify.iter().filter(|(_, parent)| parent.is_some()) {
+        let segment = SegmentIndex(*segment);
+        let from = grid.image_offset(segment.grid_offset());
+        let to = grid.image_offset(segment.grid_offset() + SEGMENT_BYTES as u64).min(bytes);
+        if source.next_data(from)?.is_none_or(|(start, _)| start >= to) {
+            verify_unchanged(*parent, &[0; 8], segment)?;
+        }
+    }
+    Ok(())
+}
+
+fn read_stream(mut source: Source, grid: Grid, first: &[u8], send: &SyncSender<Batch>) -> Result<u64> {
+    let mut batcher = Batcher { send, segments: Vec::new() };
+    let mut bytes = 0;
+    let mut head = first;
+    for segment in 0.. {
+        let segment = SegmentIndex(segment);
+        let mut buffer = vec![0; SEGMENT_BYTES];
+        let skip = (grid.offset(bytes) - segment.grid_offset()) as usize;
+        let room = buffer.get_mut(skip..).unwrap_or_default();
+        let from_head = head.len().min(room.len());
+        let (now, later) = head.split_at(from_head);
+        let (start, rest) = room.split_at_mut(from_head);
+        start.copy_from_slice(now);
+        head = later;
+        let wanted = rest.len();
+        let count = if first.len() < FIRST_BYTES { 0 } else { source.read_full(rest)? };
+        bytes += (from_head + count) as u64;
+        if bytes > IMAGE_BYTES_MAX {
+            return Err(Error::new(ErrorKind::TooLarge, format!("the source has over {IMAGE_BYTES_MAX} bytes")));
+        }
+        if from_head + count > 0 {
+            batcher.push(segment, buffer, bytes)?;
+        }
+        if count < wanted {
+            break;
+        }
+    }
+    batcher.flush(bytes)?;
+    Ok(bytes)
+}

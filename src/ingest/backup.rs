@@ -9,6 +9,7 @@ use crate::catalog::vm::Vm;
 use crate::error::{Error, ErrorKind, Result, invalid, not_found};
 use crate::fingerprint::Fingerprint;
 use crate::image::tree::Tree;
+use crate::ingest::budget::Budget;
 use crate::ingest::change_map::ChangeMap;
 use crate::ingest::draft_tree::DraftTree;
 use crate::ingest::partition::{FIRST_BYTES, grid_phase};
@@ -104,8 +105,9 @@ pub fn backup(
     let parent = open_parent(store, &vm, &session, parent_file.as_ref(), options.parent.is_some())?;
     let mut work = Work {
         writer: Writer::new(session.clone(), parent.clone()),
-        tree: DraftTree::empty(session.packs().clone()),
+        tree: DraftTree::empty(session.packs().clone(), parent.clone()),
         parent,
+        buffers: Arc::new(Budget::new(0)),
         progress,
     };
     match work.run(source, &options) {
@@ -212,6 +214,7 @@ struct Work<'a> {
     writer: Writer,
     tree: DraftTree,
     parent: Option<Arc<Tree>>,
+    buffers: Arc<Budget>,
     progress: &'a dyn Fn(BackupProgress),
 }
 
@@ -252,7 +255,7 @@ impl Work<'_> {
             None => None,
         };
         let source = &source;
-        self.pump(Some(bytes), move |send| read_file(source, grid, bytes, unread.as_ref(), send))?;
+        self.pump(Some(bytes), move |batcher| read_file(source, grid, bytes, unread.as_ref(), batcher))?;
         source.verify_unchanged()?;
         Ok((grid, bytes))
     }
@@ -262,7 +265,7 @@ impl Work<'_> {
         let count = source.read_full(&mut first)?;
         first.truncate(count);
         let grid = grid.unwrap_or_else(|| Grid::with_phase(grid_phase(&first, u64::MAX)));
-        let bytes = self.pump(None, move |send| read_stream(source, grid, &first, send))?;
+        let bytes = self.pump(None, move |batcher| read_stream(source, grid, &first, batcher))?;
         Ok((grid, bytes))
     }
 
@@ -297,11 +300,12 @@ impl Work<'_> {
     fn pump<T: Send>(
         &mut self,
         total: Option<u64>,
-        read: impl FnOnce(&SyncSender<Batch>) -> Result<T> + Send,
+        read: impl FnOnce(&mut Batcher) -> Result<T> + Send,
     ) -> Result<T> {
+        let buffers = self.buffers.clone();
         std::thread::scope(|scope| {
             let (send, receive) = sync_channel::<Batch>(BATCHES_AHEAD);
-            let reader = scope.spawn(move || read(&send));
+            let reader = scope.spawn(move || read(&mut Batcher { send, buffers, segments: Vec::new() }));
             let worked = self.work(&receive, total);
             // A reader that still sends is told by the closed channel.
             drop(receive);
@@ -320,6 +324,7 @@ impl Work<'_> {
             }
             self.writer.shrink(&mut self.tree)?;
             (self.progress)(BackupProgress { bytes_done: batch.done, bytes_total: total });
+            batch.segments.into_iter().for_each(|(_, buffer)| self.buffers.recycle(buffer));
         }
         Ok(())
     }
@@ -333,12 +338,13 @@ struct Unread {
 }
 
 /// Collects segments into batches.
-struct Batcher<'a> {
-    send: &'a SyncSender<Batch>,
+struct Batcher {
+    send: SyncSender<Batch>,
+    buffers: Arc<Budget>,
     segments: Vec<(SegmentIndex, Vec<u8>)>,
 }
 
-impl Batcher<'_> {
+impl Batcher {
     fn push(&mut self, segment: SegmentIndex, bytes: Vec<u8>, done: u64) -> Result<()> {
         self.segments.push((segment, bytes));
         if self.segments.len() >= BATCH_SEGMENTS { self.flush(done) } else { Ok(()) }
@@ -356,9 +362,8 @@ fn read_file(
     grid: Grid,
     bytes: u64,
     unread: Option<&Unread>,
-    send: &SyncSender<Batch>,
+    batcher: &mut Batcher,
 ) -> Result<()> {
-    let mut batcher = Batcher { send, segments: Vec::new() };
     let mut at = 0;
     while let Some((start, end)) = source.next_data(at)? {
         let first = SegmentIndex::holding(grid.offset(start.max(at)));
@@ -371,10 +376,13 @@ fn read_file(
             if unread.is_some_and(|u| u.taken.contains(segment.0)) {
                 continue;
             }
-            let mut buffer = vec![0; SEGMENT_BYTES];
+            let mut buffer = batcher.buffers.buffer();
             let skip = (grid.offset(from) - segment.grid_offset()) as usize;
             let count = (to - from) as usize;
-            let part = buffer.get_mut(skip..skip + count).unwrap_or_default();
+            let (lead, rest) = buffer.split_at_mut(skip);
+            let (part, rest) = rest.split_at_mut(count);
+            lead.fill(0);
+            rest.fill(0);
             read_data(source, from, part)?;
             if let Some(parent) = unread.and_then(|u| u.to_verify.get(&segment.0)) {
                 verify_unchanged(*parent, &buffer, segment)?;
@@ -389,18 +397,18 @@ fn read_file(
     batcher.flush(bytes)
 }
 
-/// Reads what is data in a range; `out` is zeros before.
+/// Reads a range: data from the source, zeros where it has holes.
 fn read_data(source: &Source, from: u64, out: &mut [u8]) -> Result<()> {
     let until = from + out.len() as u64;
     let mut at = from;
     while at < until {
-        let Some((start, end)) = source.next_data(at)? else { break };
-        let (start, end) = (start.max(at), end.min(until));
-        if start >= until {
-            break;
-        }
+        let (start, end) = source.next_data(at)?.unwrap_or((until, until));
+        let (start, end) = (start.clamp(at, until), end.clamp(at, until));
+        out.get_mut((at - from) as usize..(start - from) as usize).unwrap_or_default().fill(0);
         let part = out.get_mut((start - from) as usize..(end - from) as usize).unwrap_or_default();
-        source.read_at(start, part)?;
+        if !part.is_empty() {
+            source.read_at(start, part)?;
+        }
         at = end;
     }
     Ok(())
@@ -420,15 +428,15 @@ fn verify_holes(unread: Option<&Unread>, source: &Source, grid: Grid, bytes: u64
     Ok(())
 }
 
-fn read_stream(mut source: Source, grid: Grid, first: &[u8], send: &SyncSender<Batch>) -> Result<u64> {
-    let mut batcher = Batcher { send, segments: Vec::new() };
+fn read_stream(mut source: Source, grid: Grid, first: &[u8], batcher: &mut Batcher) -> Result<u64> {
     let mut bytes = 0;
     let mut head = first;
     for segment in 0.. {
         let segment = SegmentIndex(segment);
-        let mut buffer = vec![0; SEGMENT_BYTES];
+        let mut buffer = batcher.buffers.buffer();
         let skip = (grid.offset(bytes) - segment.grid_offset()) as usize;
-        let room = buffer.get_mut(skip..).unwrap_or_default();
+        let (lead, room) = buffer.split_at_mut(skip);
+        lead.fill(0);
         let from_head = head.len().min(room.len());
         let (now, later) = head.split_at(from_head);
         let (start, rest) = room.split_at_mut(from_head);
@@ -436,6 +444,7 @@ fn read_stream(mut source: Source, grid: Grid, first: &[u8], send: &SyncSender<B
         head = later;
         let wanted = rest.len();
         let count = if first.len() < FIRST_BYTES { 0 } else { source.read_full(rest)? };
+        rest.get_mut(count..).unwrap_or_default().fill(0);
         bytes += (from_head + count) as u64;
         if bytes > IMAGE_BYTES_MAX {
             return Err(Error::new(ErrorKind::TooLarge, format!("the source has over {IMAGE_BYTES_MAX} bytes")));

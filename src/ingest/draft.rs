@@ -9,6 +9,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 
 use roaring::RoaringBitmap;
 
@@ -82,6 +83,7 @@ struct Inner {
     staged: RoaringBitmap,
     writer: Option<Writer>,
     is_working: bool,
+    worker: Option<JoinHandle<()>>,
     // Somebody waits: the queue is worked on even when it makes no whole batch.
     is_urgent: bool,
     is_draining: bool,
@@ -97,7 +99,7 @@ impl Draft {
     /// A new, empty draft.
     pub fn create(around: Surroundings, now: Timestamp) -> Arc<Self> {
         let grid = around.parent.as_ref().map(|p| p.root().grid());
-        let tree = DraftTree::empty(around.session.packs().clone());
+        let tree = DraftTree::empty(around.session.packs().clone(), around.parent.clone());
         Self::with(around, tree, None, 0, grid, now, true)
     }
 
@@ -107,7 +109,7 @@ impl Draft {
             0 => around.parent.as_ref().map(|p| p.root().grid()),
             _ => Some(root.grid()),
         };
-        let tree = DraftTree::of_root(&root, around.session.packs().clone());
+        let tree = DraftTree::of_root(&root, around.session.packs().clone(), around.parent.clone());
         Self::with(around, tree, Some(root.clone()), root.image_bytes, grid, file.mtime, false)
     }
 
@@ -136,6 +138,7 @@ impl Draft {
                 staged: RoaringBitmap::new(),
                 writer: None,
                 is_working: false,
+                worker: None,
                 is_urgent: false,
                 is_draining: false,
                 is_dirty,
@@ -308,11 +311,12 @@ impl Draft {
             },
             _ => {
                 let mut written = Ranges::default();
-                if segment.0 == 0 {
-                    // What is thought in front of the image is zero for ever.
-                    written.add(0..grid.lead());
-                }
-                Fill { bytes: vec![0; SEGMENT_BYTES], written, used: 0 }
+                let lead = if segment.0 == 0 { grid.lead() } else { 0 };
+                written.add(0..lead);
+                let mut fill = Fill { bytes: self.around.budget.buffer(), written, used: 0 };
+                // What is thought in front of the image is zero for ever.
+                fill.bytes.iter_mut().take(lead as usize).for_each(|b| *b = 0);
+                fill
             }
         };
         inner.filling += 1;
@@ -357,10 +361,13 @@ impl Draft {
         inner.is_working = true;
         let draft = self.clone();
         let started = std::thread::Builder::new().name("snapfs-draft".into()).spawn(move || draft.work());
-        if let Err(e) = started {
-            inner.is_working = false;
-            inner.fail(Error::io("thread", e), &self.around.budget);
-            self.changed.notify_all();
+        match started {
+            Ok(worker) => inner.worker = Some(worker),
+            Err(e) => {
+                inner.is_working = false;
+                inner.fail(Error::io("thread", e), &self.around.budget);
+                self.changed.notify_all();
+            }
         }
     }
 
@@ -395,6 +402,7 @@ impl Draft {
                 Some(e) => Err(e),
                 None => self.take(&mut writer, &batch),
             };
+            let fills: Vec<Arc<Fill>> = batch.into_iter().map(|(_, fill, _)| fill).collect();
             inner = self.lock();
             let outcome = outcome.and_then(|places| {
                 for (segment, place) in places {
@@ -412,6 +420,9 @@ impl Draft {
                     writer.abandon();
                     inner.fail(e, &self.around.budget);
                 }
+            }
+            for fill in fills.into_iter().filter_map(Arc::into_inner) {
+                self.around.budget.recycle(fill.bytes);
             }
             self.changed.notify_all();
         }
@@ -629,7 +640,7 @@ impl Draft {
         if let Some(writer) = inner.writer.take() {
             writer.abandon();
         }
-        inner.tree = DraftTree::empty(self.packs.clone());
+        inner.tree = DraftTree::empty(self.packs.clone(), self.around.parent.clone());
         inner.grid = self.around.parent.as_ref().map(|p| p.root().grid());
         inner.staged.clear();
         inner.failed = None;
@@ -746,7 +757,7 @@ impl Draft {
             };
             match writer.commit(&mut inner.tree, &request) {
                 Ok(root) => {
-                    inner.tree = DraftTree::of_root(&root, self.packs.clone());
+                    inner.tree = DraftTree::of_root(&root, self.packs.clone(), self.around.parent.clone());
                     inner.root = Some(root.clone());
                     inner.writer = Some(writer);
                     inner.staged.clear();
@@ -765,6 +776,12 @@ impl Draft {
                 }
             }
         });
+        // The thread has nothing left to do, but it still holds the draft and with it the VM's lock: whoever is
+        // told that the commit is done finds the lock free when the draft is closed.
+        let worker = self.lock().worker.take();
+        if let Some(worker) = worker {
+            let _ = worker.join();
+        }
         self.lock().is_draining = false;
         self.changed.notify_all();
         outcome
@@ -807,8 +824,14 @@ impl Drop for Draft {
 
 impl Inner {
     fn queue(&mut self, segment: u32) {
-        if let Some(Held::Filling(fill)) = self.held.remove(&segment) {
+        if let Some(Held::Filling(mut fill)) = self.held.remove(&segment) {
             self.filling -= 1;
+            // Where nothing is below, a gap is a hole; the buffer has the bytes of some earlier segment.
+            for gap in fill.written.gaps(0..SEGMENT_BYTES as u32) {
+                if let Some(gap) = fill.bytes.get_mut(gap.start as usize..gap.end as usize) {
+                    gap.fill(0);
+                }
+            }
             self.held.insert(segment, Held::Queued(Arc::new(fill)));
             self.queue.insert(segment);
         }

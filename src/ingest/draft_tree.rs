@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::image::tree::{read_group, read_recipe};
+use crate::image::tree::{Tree, read_group, read_recipe};
 use crate::ingest::lane::RecipeLane;
 use crate::limits::GROUP_SEGMENTS;
 use crate::pack::reader::Packs;
@@ -26,18 +26,20 @@ pub struct DraftTree {
     // Pages as they were last written; a dirty table is newer than its page.
     pages: BTreeMap<u32, GroupRef>,
     tables: HashMap<u32, Table>,
+    // An untouched group shares this snapshot's page.
+    parent: Option<Arc<Tree>>,
     clock: u64,
 }
 
 impl DraftTree {
     /// The tree of an image that is all hole.
-    pub fn empty(packs: Arc<Packs>) -> Self {
-        Self { packs, pages: BTreeMap::new(), tables: HashMap::new(), clock: 0 }
+    pub fn empty(packs: Arc<Packs>, parent: Option<Arc<Tree>>) -> Self {
+        Self { packs, pages: BTreeMap::new(), tables: HashMap::new(), parent, clock: 0 }
     }
 
     /// The tree of a committed image.
-    pub fn of_root(root: &RootPage, packs: Arc<Packs>) -> Self {
-        Self { pages: root.groups.iter().map(|g| (g.group, *g)).collect(), ..Self::empty(packs) }
+    pub fn of_root(root: &RootPage, packs: Arc<Packs>, parent: Option<Arc<Tree>>) -> Self {
+        Self { pages: root.groups.iter().map(|g| (g.group, *g)).collect(), ..Self::empty(packs, parent) }
     }
 
     /// The packs that it leads to.
@@ -154,10 +156,31 @@ impl DraftTree {
         Ok(self.pages.values().copied().collect())
     }
 
+    /// The parent's page of a group, if all segments have the same recipes there.
+    fn parents_page(&self, group: u32) -> Option<GroupRef> {
+        let parent = self.parent.as_ref()?;
+        let reference = parent.root().group(group)?;
+        // A page that cannot be read is not shared.
+        let page = parent.group(group).ok().flatten()?;
+        let table = self.tables.get(&group)?;
+        let slots = |places: &[Option<Place>]| {
+            let mut slots: Vec<_> = places.iter().map(|p| p.map(|p| p.slot)).collect();
+            slots.truncate(slots.iter().rposition(Option::is_some).map_or(0, |last| last + 1));
+            slots
+        };
+        (slots(&page.recipes) == slots(&table.places)).then_some(reference)
+    }
+
     fn write_page(&mut self, group: u32, lane: &mut RecipeLane) -> Result<()> {
         // Recipes get their hints when their frame is written.
         lane.flush()?;
+        let shared = self.parents_page(group);
         let Some(table) = self.tables.get_mut(&group).filter(|t| t.is_dirty) else { return Ok(()) };
+        if let Some(reference) = shared {
+            table.is_dirty = false;
+            self.pages.insert(group, reference);
+            return Ok(());
+        }
         let mut page = GroupPage::default();
         for (at, place) in table.places.iter_mut().enumerate().take(GROUP_SEGMENTS) {
             let Some(place) = place else { continue };

@@ -8,5 +8,6 @@
 )]
 
 mod backend_suite;
+mod cost;
 mod model;
 mod world;

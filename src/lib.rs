@@ -1,20 +1,48 @@
-//! wip
+//! snapfs: a snapshot filesystem for VM disk images.
+//!
+//! The modules stand in the order in which a byte travels; imports point down the list (docs/ARCHITECTURE.md).
 #![warn(missing_docs)]
+
+pub mod cli;
+
+pub mod fuse;
+
 pub mod fs;
+
 pub mod ingest;
+
+pub mod check;
+
+pub mod collect;
+
 pub mod store;
+
 pub mod image;
+
 pub mod catalog;
+
 pub mod similarity;
+
 pub mod dedup;
+
 pub mod pack;
+
 pub mod recipe;
+
 pub mod backend;
+
 pub mod name;
+
 pub mod format;
+
 pub mod wire;
+
 pub mod fingerprint;
+
 pub mod units;
+
 pub mod limits;
+
 pub mod clock;
+
 pub mod error;

@@ -13,7 +13,7 @@ use crate::image::reader::Image;
 use crate::ingest::backup::newest_parent;
 use crate::ingest::draft::{Draft, Surroundings};
 use crate::ingest::writer::CommitRequest;
-use crate::name::{FileName, LATEST};
+use crate::name::FileName;
 use crate::store::session::Session;
 
 /// Bytes that one request copies between files when they cannot be shared.
@@ -103,6 +103,14 @@ impl MountedStore {
         let session = Arc::new(Session::begin(&self.store, vm)?);
         *weak = Arc::downgrade(&session);
         Ok(session)
+    }
+
+    /// Drops a draft. The last one takes the session with it, whose end takes a moment: whoever wants to begin a new
+    /// one waits for it.
+    fn let_go(&self, vm: &str, draft: Option<Arc<Draft>>) {
+        let slot = lock(&self.sessions).get(vm).cloned();
+        let _ending = slot.as_ref().map(|slot| slot.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(draft);
     }
 
     /// Whether this process is the VM's writer now.
@@ -232,9 +240,6 @@ impl MountedStore {
             _ => return Err(denied("is no place for it")),
         };
         let exists = || Error::new(ErrorKind::Exists, format!("{name:?} exists"));
-        if name == LATEST {
-            return Err(exists());
-        }
         FileName::new(name)?;
         let (vm, state) = self.vm(&vm_name)?;
         let is_taken = |state: &crate::catalog::state::VmState| {
@@ -386,8 +391,7 @@ impl MountedStore {
         }
         drop(state);
         drop(files);
-        // The last draft takes the session with it: both may do I/O, and sealing takes the locks again.
-        drop(last);
+        self.let_go(file.key.0.as_str(), last);
         if let Some(at_once) = considered {
             self.consider(&file.key, at_once);
         }
@@ -510,7 +514,7 @@ impl MountedStore {
             let was_written = state.draft.is_some() && !state.is_unlinked;
             let last = state.draft.take();
             drop(state);
-            drop(last);
+            self.let_go(file.key.0.as_str(), last);
             if was_written {
                 self.consider(&file.key, false);
             }

@@ -113,7 +113,6 @@ pub fn backup(
     match work.run(source, &options) {
         Ok((grid, image_bytes)) => {
             let now = store.clock().now();
-            let tally = work.writer.tally();
             let request = CommitRequest {
                 file: session.next_serial()?,
                 disk,
@@ -127,13 +126,15 @@ pub fn backup(
                 closed: true,
                 sealed: true,
             };
-            if let Err(e) = work.writer.commit(&mut work.tree, &request) {
-                if e.kind() != ErrorKind::Unavailable {
-                    work.writer.abandon();
+            match work.writer.commit(&mut work.tree, &request) {
+                Ok(root) => Ok(BackupReport { name: name.to_string(), image_bytes, tally: root.tally.clone() }),
+                Err(e) => {
+                    if e.kind() != ErrorKind::Unavailable {
+                        work.writer.abandon();
+                    }
+                    Err(e.within(name))
                 }
-                return Err(e.within(name));
             }
-            Ok(BackupReport { name: name.to_string(), image_bytes, tally })
         }
         Err(e) => {
             work.writer.abandon();

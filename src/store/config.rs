@@ -87,12 +87,14 @@ pub fn make_folder(root: &Path) -> Result<()> {
         Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
         Err(e) => return Err(about(e)),
     }
+    let refuse = |what| Err(Error::new(ErrorKind::Exists, format!("{}: {what}", root.display())));
+    if root.join(FILE_NAME).exists() {
+        return refuse("is a store already");
+    }
     for entry in std::fs::read_dir(root).map_err(about)? {
-        let name = entry.map_err(about)?.file_name();
         // A fresh file system has this one.
-        if name != "lost+found" {
-            let what = if name == FILE_NAME { "is a store already" } else { "is not empty" };
-            return Err(Error::new(ErrorKind::Exists, format!("{}: {what}", root.display())));
+        if entry.map_err(about)?.file_name() != "lost+found" {
+            return refuse("is not empty");
         }
     }
     let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);

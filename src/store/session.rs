@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crate::backend::{Guard, Key};
 use crate::catalog::record::{Op, PackEntry};
@@ -17,6 +18,10 @@ use crate::pack::reader::{Packs, read_slot_page};
 use crate::similarity::SimilarityIndex;
 use crate::store::{Store, lock_key};
 use crate::units::{PackNumber, RecordNumber, Serial, SlotId};
+
+/// How often a lock that is held is tried, and the pause between: two seconds in all.
+const LOCK_TRIES: usize = 40;
+const LOCK_PAUSE: Duration = Duration::from_millis(50);
 
 /// The one writer of a VM. The lock goes when it is dropped, or when its process ends.
 pub struct Session {
@@ -59,8 +64,7 @@ impl Session {
     /// # Errors
     /// As [`Session::begin`].
     pub fn begin_without_index(store: &Store, vm: &Arc<Vm>) -> Result<Self> {
-        let key = lock_key(vm.name());
-        let Some(guard) = store.backend().try_lock(&key)? else {
+        let Some(guard) = wait_for_lock(store, vm)? else {
             let state = vm.refresh()?;
             let holder = state.session.as_ref().map_or_else(String::new, |s| {
                 format!(" (began by process {} on {})", s.process, s.host)
@@ -208,6 +212,19 @@ impl Drop for Session {
             index.close();
         }
     }
+}
+
+/// The VM's lock; `None` when it is not free for a while. A writer that has just closed its file needs a moment to
+/// end, and nobody should be told "busy" for that.
+fn wait_for_lock(store: &Store, vm: &Vm) -> Result<Option<Box<dyn Guard>>> {
+    let key = lock_key(vm.name());
+    for _ in 0..LOCK_TRIES {
+        if let Some(guard) = store.backend().try_lock(&key)? {
+            return Ok(Some(guard));
+        }
+        std::thread::sleep(LOCK_PAUSE);
+    }
+    store.backend().try_lock(&key)
 }
 
 fn append_begin(vm: &Vm, session: Option<RecordNumber>, holder: [u8; 16]) -> Result<RecordNumber> {

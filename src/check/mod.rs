@@ -1,0 +1,32 @@
+//! The invariants as a program: reads everything that a store should have, and says what is missing or wrong.
+//! Changes nothing (but for [`rebuild`]), needs no lock, and runs beside writers and collection.
+//!
+//! ```text
+//!   each VM:  log ── objects: length, header, index, slot table, frames      (I1, I3, I4)
+//!              └──── snapshots: root, group pages, recipes, their slots      (I1, I2, I5)
+//!                     └── which snapshots a damaged object concerns
+//! ```
+
+pub mod store;
+
+pub mod vm;
+
+pub mod trees;
+
+pub mod objects;
+
+pub mod faults;
+
+pub mod rebuild;
+
+#[cfg(test)]
+mod tests;
+
+#[cfg(test)]
+#[allow(dead_code, missing_docs, reason = "shared with the tests of `collect`")]
+#[path = "../collect/testing.rs"]
+mod testing;
+
+pub use crate::check::faults::{Finding, Severity};
+pub use crate::check::rebuild::{RebuildReport, rebuild};
+pub use crate::check::store::{CheckOptions, CheckReport, Progress, check_store};

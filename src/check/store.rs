@@ -1,0 +1,119 @@
+//! Checks all VMs of a store, one after the other.
+
+use serde::Serialize;
+
+use crate::backend::Key;
+use crate::check::faults::{FINDINGS_MAX, Finding, Severity};
+use crate::check::vm::check_vm;
+use crate::error::{Error, Result, invalid};
+use crate::name::VmName;
+use crate::store::Store;
+
+/// How thoroughly to check.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct CheckOptions {
+    /// Read every frame and compare every slot with its fingerprint (I3).
+    pub read_data: bool,
+    /// Read this share of the frames, at random, at least one of each pack: from 0 to 100. `read_data` reads all.
+    pub sample_percent: Option<f64>,
+}
+
+/// What a check found.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct CheckReport {
+    /// VMs looked at.
+    pub vms: u64,
+    /// Snapshots and drafts.
+    pub snapshots: u64,
+    /// Pack objects.
+    pub objects: u64,
+    /// Frames whose content was compared with its fingerprints.
+    pub frames_read: u64,
+    /// Stored bytes of these frames.
+    pub bytes_read: u64,
+    /// Objects that no log knows: of writers that died, or are at work. `gc --exact` removes the former.
+    pub leaked_objects: u64,
+    /// Their bytes.
+    pub leaked_bytes: u64,
+    /// What is wrong, at most [`FINDINGS_MAX`].
+    pub findings: Vec<Finding>,
+    /// Findings that are not in the list.
+    pub findings_dropped: u64,
+    /// Findings that mean loss.
+    pub damaged: u64,
+}
+
+impl CheckReport {
+    /// Whether anything is lost: exit code 4.
+    pub fn is_damaged(&self) -> bool {
+        self.damaged > 0
+    }
+
+    pub(crate) fn add(&mut self, findings: Vec<Finding>, dropped: u64) {
+        self.findings_dropped += dropped;
+        for finding in findings {
+            self.damaged += u64::from(finding.severity == Severity::Must);
+            if self.findings.len() < FINDINGS_MAX {
+                self.findings.push(finding);
+            } else {
+                self.findings_dropped += 1;
+            }
+        }
+    }
+
+    pub(crate) fn add_one(&mut self, vm: &str, object: String, what: String, severity: Severity) {
+        let finding = Finding { vm: vm.to_owned(), object, snapshots: Vec::new(), what, severity };
+        self.add(vec![finding], 0);
+    }
+}
+
+/// How far a check is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes of pack objects checked, of the VM being checked.
+    pub bytes_done: u64,
+    /// Bytes of its pack objects.
+    pub bytes_total: u64,
+    /// VMs done.
+    pub vms_done: u64,
+    /// VMs of the store.
+    pub vms_total: u64,
+}
+
+/// Checks a store. Damage is no error: it is in the report.
+///
+/// Memory: one group page, the index and slot table of one pack, and 4 MiB of frames at a time, and the store's
+/// caches. Cost: all metadata; with data all objects.
+///
+/// # Errors
+/// `Invalid` options; `Unavailable` or `Denied` when the VMs cannot be listed.
+pub fn check_store(store: &Store, options: CheckOptions, progress: &mut dyn FnMut(Progress)) -> Result<CheckReport> {
+    if options.sample_percent.is_some_and(|percent| !(0.0..=100.0).contains(&percent)) {
+        return Err(invalid("the share of frames to check is not from 0 to 100"));
+    }
+    let mut report = CheckReport::default();
+    let rows = store.backend().list(&Key::new("vms"))?;
+    for (done, row) in rows.iter().enumerate() {
+        let key = format!("vms/{}", row.name);
+        let name = match VmName::new(&row.name) {
+            Ok(name) if row.is_folder => name,
+            Ok(_) => {
+                report.add_one(&row.name, key, "is no folder of a VM".into(), Severity::Should);
+                continue;
+            }
+            Err(e) => {
+                report.add_one(&row.name, key, format!("is no legal name of a VM: {e}"), Severity::Should);
+                continue;
+            }
+        };
+        let mut tell = |bytes_done, bytes_total| {
+            progress(Progress { bytes_done, bytes_total, vms_done: done as u64, vms_total: rows.len() as u64 });
+        };
+        report.vms += 1;
+        if let Err(e) = check_vm(store, &name, options, &mut report, &mut tell) {
+            let e: Error = e;
+            report.add_one(&row.name, key, format!("cannot be checked: {e}"), Severity::Must);
+        }
+    }
+    Ok(report)
+}

@@ -1,0 +1,277 @@
+//! Checks snapshots: root page, group pages, recipes, and that all slots that they use are there (I1, I2, I5).
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use roaring::RoaringTreemap;
+
+use crate::catalog::roots::read_root;
+use crate::catalog::state::{FileEntry, VmState};
+use crate::catalog::vm::Vm;
+use crate::check::faults::{Faults, Severity, Subject};
+use crate::error::{Error, ErrorKind, Result, corrupt};
+use crate::image::tree::{read_group, read_recipe};
+use crate::pack::Content;
+use crate::pack::reader::Packs;
+use crate::recipe::{GroupPage, GroupRef, RootPage};
+use crate::store::full_name;
+use crate::units::{PackNumber, RootId, SlotId};
+
+/// Group pages whose number of blocks is remembered (16 MiB). Beyond, sums are not compared.
+const PAGES_COUNTED_MAX: usize = 1 << 18;
+
+/// Group pages remembered as standing on something that is lost.
+const PAGES_CONCERNED_MAX: usize = 1 << 16;
+
+/// Checks the snapshots of one VM. A page that many share is checked once.
+pub struct TreeCheck<'a> {
+    vm: &'a Vm,
+    packs: &'a Packs,
+    state: &'a VmState,
+    seen: RoaringTreemap,
+    blocks: HashMap<u64, u32>,
+}
+
+type Below<'a> = Option<(RootId, &'a str)>;
+
+impl<'a> TreeCheck<'a> {
+    /// A check of the snapshots of `state`.
+    pub fn new(vm: &'a Vm, packs: &'a Packs, state: &'a VmState) -> Self {
+        Self { vm, packs, state, seen: RoaringTreemap::new(), blocks: HashMap::new() }
+    }
+
+    fn read_root(&self, file: &FileEntry) -> Result<RootPage> {
+        read_root(&**self.vm.backend(), self.vm.name(), self.state.incarnation, file.root)
+    }
+
+    /// What a slot of a recipe pack or a data pack is part of.
+    fn subject(&self, pack: PackNumber) -> Subject {
+        self.state.packs.get(&pack).map_or(Subject::Unknown(pack), |entry| Subject::Object(entry.object))
+    }
+
+    /// Checks one snapshot. Cost: its root page, and the group pages and recipes that were not seen before.
+    pub fn check_file(&mut self, file: &FileEntry, faults: &mut Faults) {
+        let name = full_name(self.vm.name(), file);
+        let below = Some((file.root, name.as_str()));
+        let subject = Subject::Root(file.root);
+        let root = match self.read_root(file) {
+            Ok(root) => root,
+            Err(e) => {
+                let what = if e.kind() == ErrorKind::NotFound { "is missing".into() } else { e.to_string() };
+                return faults.note_below(subject, Severity::Must, what, below);
+            }
+        };
+        if root.image_bytes != file.image_bytes {
+            let what = format!("the image has {} bytes, the log says {}", root.image_bytes, file.image_bytes);
+            faults.note_below(subject.clone(), Severity::Must, what, below);
+        }
+        if root.file != file.id {
+            let what = format!("is of file {}, the log says {}", root.file, file.id);
+            faults.note_below(subject.clone(), Severity::Should, what, below);
+        }
+        let mut blocks = Some(0);
+        for group in &root.groups {
+            let slot = group.page.slot;
+            if self.seen.insert(slot.0) {
+                self.check_group(group, below, faults);
+            }
+            let more = self.blocks.get(&slot.0).copied();
+            blocks = blocks.zip(more).map(|(sum, more)| sum + u64::from(more));
+        }
+        let told = (root.data_blocks, file.data_blocks);
+        if blocks.is_some_and(|blocks| told != (blocks, blocks)) {
+            let (root, log) = told;
+            let what = format!("{} blocks with data, it says {root}, the log {log}", blocks.unwrap_or(0));
+            faults.note_below(subject, Severity::Should, what, below);
+        }
+    }
+
+    fn check_group(&mut self, group: &GroupRef, below: Below<'_>, faults: &mut Faults) {
+        let slot = group.page.slot;
+        if faults.is_lost(slot) {
+            return;
+        }
+        let page = match read_group(self.packs, &group.page) {
+            Ok(page) => page,
+            Err(e) => return self.lose(slot, &e, below, faults),
+        };
+        if self.blocks.len() < PAGES_COUNTED_MAX {
+            self.blocks.insert(slot.0, page.data_blocks);
+        }
+        let mut used = RoaringTreemap::new();
+        let mut blocks = 0;
+        let mut is_whole = true;
+        for place in page.recipes.iter().flatten() {
+            if faults.is_lost(place.slot) {
+                is_whole = false;
+                continue;
+            }
+            match read_recipe(self.packs, place) {
+                Ok(recipe) => {
+                    for extent in &recipe.extents {
+                        let first = extent.first_slot.0;
+                        used.insert_range(first..first + u64::from(extent.blocks));
+                    }
+                    blocks += recipe.data_blocks();
+                }
+                Err(e) => {
+                    is_whole = false;
+                    self.lose(place.slot, &e, below, faults);
+                }
+            }
+        }
+        if is_whole {
+            self.check_sums(slot, &page, &used, blocks, below, faults);
+        }
+        self.check_slots(&used, below, faults);
+    }
+
+    /// A recipe or group page that cannot be read.
+    fn lose(&self, slot: SlotId, why: &Error, below: Below<'_>, faults: &mut Faults) {
+        faults.note_below(self.subject(slot.pack()), Severity::Must, why.to_string(), below);
+        faults.lost_slots.insert(slot.0);
+    }
+
+    fn check_sums(
+        &self,
+        slot: SlotId,
+        page: &GroupPage,
+        used: &RoaringTreemap,
+        blocks: u32,
+        below: Below<'_>,
+        faults: &mut Faults,
+    ) {
+        let subject = self.subject(slot.pack());
+        let lacking = (used - &page.slots).len();
+        if lacking > 0 {
+            // Collection goes by the bitmap: it would take these away.
+            let what = format!("group page {slot:?}: its bitmap lacks {lacking} slots that its recipes use");
+            faults.note_below(subject.clone(), Severity::Must, what, below);
+        } else if used.len() != page.slots.len() {
+            let more = page.slots.len() - used.len();
+            let what = format!("group page {slot:?}: its bitmap has {more} slots that no recipe uses");
+            faults.note_below(subject.clone(), Severity::Should, what, below);
+        }
+        if blocks != page.data_blocks {
+            let what = format!("group page {slot:?}: says {} blocks, its recipes have {blocks}", page.data_blocks);
+            faults.note_below(subject, Severity::Should, what, below);
+        }
+    }
+
+    /// I2, I5: every slot in use is in a pack of this VM.
+    fn check_slots(&self, used: &RoaringTreemap, below: Below<'_>, faults: &mut Faults) {
+        for pack in packs_of(used) {
+            if faults.lost_packs.contains(&pack) {
+                continue;
+            }
+            match self.missing_slots(pack, used) {
+                Ok(missing) => {
+                    let Some(first) = missing.first() else { continue };
+                    // Told once for each slot, however many pages use it.
+                    if missing.iter().all(|slot| faults.is_lost(*slot)) {
+                        continue;
+                    }
+                    let what =
+                        format!("{} slots that snapshots use are not in it, slot {}", missing.len(), first.slot());
+                    faults.note_below(self.subject(pack), Severity::Must, what, below);
+                    faults.lost_slots.extend(missing.iter().map(|slot| slot.0));
+                }
+                Err(e) => {
+                    faults.note_below(self.subject(pack), Severity::Must, e.to_string(), below);
+                    faults.lost_packs.insert(pack);
+                }
+            }
+        }
+    }
+
+    fn missing_slots(&self, pack: PackNumber, used: &RoaringTreemap) -> Result<Vec<SlotId>> {
+        let entry = self.state.pack(pack)?;
+        if entry.content != Content::Data {
+            return Err(corrupt(format!("pack {pack}: recipes lead to it, but it holds no blocks")));
+        }
+        // By the newest log: compaction may have moved the pack since.
+        let mut tries = 0;
+        let index = loop {
+            let place = self.packs.locate(pack)?;
+            match self.packs.index(&place) {
+                Err(e) if e.kind() == ErrorKind::NotFound && tries < 8 => {
+                    tries += 1;
+                    self.vm.refresh()?;
+                }
+                done => break done?,
+            }
+        };
+        let member = index.member(pack)?;
+        Ok(slots_of(used, pack).filter(|slot| member.frame_of(slot.slot()).is_none()).collect())
+    }
+
+    /// Names the snapshots that stand on what was found lost. Cost: nothing when nothing is; else all group pages.
+    pub fn name_concerned(&self, faults: &mut Faults) {
+        if !faults.has_losses() {
+            return;
+        }
+        let mut whole = RoaringTreemap::new();
+        let mut concerned: HashMap<u64, BTreeSet<Subject>> = HashMap::new();
+        for file in self.state.files.values() {
+            let Ok(root) = self.read_root(file) else { continue };
+            let mut subjects = BTreeSet::new();
+            for group in &root.groups {
+                let slot = group.page.slot;
+                if whole.contains(slot.0) {
+                    continue;
+                }
+                if let Some(known) = concerned.get(&slot.0) {
+                    subjects.extend(known.iter().cloned());
+                    continue;
+                }
+                let found = self.losses_of(group, faults);
+                if found.is_empty() {
+                    whole.insert(slot.0);
+                } else {
+                    subjects.extend(found.iter().cloned());
+                    if concerned.len() < PAGES_CONCERNED_MAX {
+                        concerned.insert(slot.0, found);
+                    }
+                }
+            }
+            let name = full_name(self.vm.name(), file);
+            for subject in subjects {
+                faults.concern(&subject, &name);
+            }
+        }
+    }
+
+    fn losses_of(&self, group: &GroupRef, faults: &Faults) -> BTreeSet<Subject> {
+        let slot = group.page.slot;
+        if faults.is_lost(slot) {
+            return BTreeSet::from([self.subject(slot.pack())]);
+        }
+        let Ok(page) = read_group(self.packs, &group.page) else { return BTreeSet::from([self.subject(slot.pack())]) };
+        let mut packs: BTreeMap<PackNumber, ()> = BTreeMap::new();
+        let recipes = page.recipes.iter().flatten().map(|place| place.slot);
+        packs.extend(recipes.filter(|slot| faults.is_lost(*slot)).map(|slot| (slot.pack(), ())));
+        packs.extend((&page.slots & &faults.lost_slots).iter().map(|slot| (SlotId(slot).pack(), ())));
+        packs.extend(packs_of(&page.slots).into_iter().filter(|p| faults.lost_packs.contains(p)).map(|p| (p, ())));
+        packs.into_keys().map(|pack| self.subject(pack)).collect()
+    }
+}
+
+/// The packs whose slots are in a bitmap.
+fn packs_of(slots: &RoaringTreemap) -> Vec<PackNumber> {
+    let mut packs = Vec::new();
+    let mut rest = slots.iter();
+    while let Some(slot) = rest.next() {
+        let pack = SlotId(slot).pack();
+        packs.push(pack);
+        match SlotId::new(pack, u16::MAX).0.checked_add(1) {
+            Some(next) => rest.advance_to(next),
+            None => break,
+        }
+    }
+    packs
+}
+
+fn slots_of(slots: &RoaringTreemap, pack: PackNumber) -> impl Iterator<Item = SlotId> {
+    let mut rest = slots.iter();
+    rest.advance_to(SlotId::new(pack, 0).0);
+    rest.map(SlotId).take_while(move |slot| slot.pack() == pack)
+}

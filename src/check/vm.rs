@@ -1,0 +1,160 @@
+//! Checks one VM: its log, then its objects, then its snapshots.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use crate::backend::Key;
+use crate::catalog::record::{Dead, PackEntry, Record};
+use crate::catalog::roots::parse_root_name;
+use crate::catalog::state::VmState;
+use crate::catalog::vm::{Vm, log_prefix};
+use crate::check::faults::{Faults, Severity, Subject};
+use crate::check::objects::ObjectCheck;
+use crate::check::store::{CheckOptions, CheckReport};
+use crate::check::trees::TreeCheck;
+use crate::error::{ErrorKind, Result};
+use crate::limits::LOG_RECORD_BYTES_MAX;
+use crate::name::VmName;
+use crate::pack::index::parse_object_name;
+use crate::store::Store;
+use crate::units::{ObjectId, RootId};
+
+/// Checks a VM and adds what is found to the report.
+///
+/// # Errors
+/// `Unavailable`, `Denied` when its folders cannot be listed.
+pub fn check_vm(
+    store: &Store,
+    name: &VmName,
+    options: CheckOptions,
+    report: &mut CheckReport,
+    tell: &mut dyn FnMut(u64, u64),
+) -> Result<()> {
+    let vm = store.vm_handle(name);
+    let mut faults = Faults::default();
+    let log = log_prefix(vm.name()).to_string();
+    let state = match vm.refresh() {
+        Ok(state) => state,
+        Err(e) if e.kind() == ErrorKind::NotFound => {
+            // A folder in which a writer died before its first record holds nothing.
+            let there = list(&vm, "packs")?.len() + list(&vm, "snapshots")?.len();
+            let severity = if there > 0 { Severity::Must } else { Severity::Should };
+            report.add_one(vm.name(), log, format!("there is no log, but {there} other objects"), severity);
+            return Ok(());
+        }
+        Err(e) => {
+            report.add_one(vm.name(), log, e.to_string(), Severity::Must);
+            return Ok(());
+        }
+    };
+    let whole = check_log(&vm, &mut faults)?;
+    check_objects(store, &vm, &state, options, &mut faults, report, tell);
+    report.snapshots += state.files.len() as u64;
+    let packs = store.packs(&vm);
+    let mut trees = TreeCheck::new(&vm, &packs, &state);
+    for file in state.files.values() {
+        trees.check_file(file, &mut faults);
+    }
+    trees.name_concerned(&mut faults);
+    if whole {
+        count_leaks(&vm, &mut faults, report)?;
+    }
+    if let Ok(now) = vm.refresh()
+        && now.number != state.number
+    {
+        faults.forget_stale(&now);
+    }
+    let (findings, dropped) = faults.into_findings(vm.name());
+    report.add(findings, dropped);
+    Ok(())
+}
+
+fn list(vm: &Vm, folder: &str) -> Result<Vec<crate::backend::Listed>> {
+    vm.backend().list(&Key::new(format!("vms/{}/{folder}", vm.name())))
+}
+
+/// Whether the log is readable to its end. Records before the newest checkpoint are looked at too.
+fn check_log(vm: &Vm, faults: &mut Faults) -> Result<bool> {
+    let damage = vm.damage();
+    if let Some(damage) = &damage {
+        faults.note(Subject::Log, Severity::Must, damage.to_string());
+        return Ok(false);
+    }
+    for row in list(vm, "log")? {
+        let key = Key::new(format!("{}/{}", log_prefix(vm.name()), row.name));
+        let told = vm.backend().read_all(&key, LOG_RECORD_BYTES_MAX).and_then(|bytes| Record::from_object(&bytes));
+        match told {
+            Ok(record) if format!("{:010}", record.number.0) == row.name => {}
+            // Older records go when a checkpoint is written.
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Ok(record) => {
+                let what = format!("is record {}", record.number.0);
+                faults.note(Subject::Other(key.to_string()), Severity::Should, what);
+            }
+            Err(e) => {
+                // What lies before the newest checkpoint is only there in case that one is damaged.
+                let needed = row.name.parse().is_ok_and(|number: u32| number >= vm.state().checkpoints.0.0);
+                let severity = if needed { Severity::Must } else { Severity::Should };
+                faults.note(Subject::Other(key.to_string()), severity, e.to_string());
+            }
+        }
+    }
+    Ok(true)
+}
+
+fn check_objects(
+    store: &Store,
+    vm: &Arc<Vm>,
+    state: &VmState,
+    options: CheckOptions,
+    faults: &mut Faults,
+    report: &mut CheckReport,
+    tell: &mut dyn FnMut(u64, u64),
+) {
+    let mut objects: BTreeMap<ObjectId, Vec<PackEntry>> = BTreeMap::new();
+    for entry in state.packs.values() {
+        objects.entry(entry.object).or_default().push(*entry);
+    }
+    let total: u64 = state.objects().values().sum();
+    let mut check = ObjectCheck::new(vm, state.incarnation, options, store.clock().now().0);
+    let mut done = 0;
+    for (object, entries) in objects {
+        check.check(object, &entries, faults);
+        done += entries.first().map_or(0, |e| e.object_bytes);
+        report.objects += 1;
+        tell(done, total);
+    }
+    report.frames_read += check.frames_read;
+    report.bytes_read += check.bytes_read;
+}
+
+/// Counts objects that the log does not know. They are no damage: a writer that died, or one at work.
+fn count_leaks(vm: &Vm, faults: &mut Faults, report: &mut CheckReport) -> Result<()> {
+    // Listed before the log is read again: what a writer commits in between is then known.
+    let rows = [list(vm, "packs")?, list(vm, "snapshots")?];
+    let Ok(state) = vm.refresh() else { return Ok(()) };
+    let objects = state.objects();
+    let dropping: BTreeSet<Dead> = state.dropping.iter().copied().collect();
+    let roots: BTreeSet<RootId> = state.files.values().map(|f| f.root).chain(state.condemned.keys().copied()).collect();
+    for (folder, rows) in ["packs", "snapshots"].into_iter().zip(rows) {
+        for row in rows {
+            let pack = parse_object_name(&row.name).map(|object| Dead::Pack { object });
+            let root = parse_root_name(&row.name).map(|id| Dead::Root { id });
+            let dead = if folder == "packs" { pack } else { root };
+            let known = match dead {
+                Some(Dead::Pack { object }) => objects.contains_key(&object),
+                Some(Dead::Root { id }) => roots.contains(&id),
+                None => {
+                    let key = format!("vms/{}/{folder}/{}", vm.name(), row.name);
+                    faults.note(Subject::Other(key), Severity::Should, "is no object of snapfs");
+                    continue;
+                }
+            };
+            if !known && dead.is_none_or(|dead| !dropping.contains(&dead)) {
+                report.leaked_objects += 1;
+                report.leaked_bytes += row.bytes;
+            }
+        }
+    }
+    Ok(())
+}

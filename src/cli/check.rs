@@ -1,0 +1,101 @@
+//! `snapfs check`: proves the store against its invariants, and tells of every damage.
+
+use crate::check::{CheckOptions, Finding, Progress as Checked, check_store, rebuild};
+use crate::cli::output::{self, Progress};
+use crate::cli::store_arg::StoreArg;
+use crate::cli::{DAMAGED, DONE, FAILED, Outcome};
+
+/// Shown by `--help`.
+pub const EXAMPLES: &str = "\
+Examples:
+  snapfs check /srv/snapfs
+  snapfs check /srv/snapfs --read-data
+  snapfs check /srv/snapfs --sample 5
+  snapfs check /srv/snapfs --rebuild";
+
+/// Arguments of `check`.
+#[derive(Debug, clap::Args)]
+pub struct Check {
+    #[command(flatten)]
+    store: StoreArg,
+
+    /// Read all data and prove it, not only the metadata
+    #[arg(long)]
+    read_data: bool,
+
+    /// Read this share of the data, in percent
+    #[arg(long, value_name = "PERCENT", value_parser = parse_percent, conflicts_with = "read_data")]
+    sample: Option<f64>,
+
+    /// Make all derived data anew first
+    #[arg(long)]
+    rebuild: bool,
+
+    /// Report in JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Check {
+    /// Runs the command.
+    ///
+    /// # Errors
+    /// As [`check_store`] and [`rebuild`]. Damage that was found is no error of theirs.
+    pub fn run(&self) -> Outcome {
+        let store = self.store.open()?;
+        let mut code = DONE;
+        if self.rebuild {
+            let rebuilt = rebuild(&store)?;
+            for vm in &rebuilt.busy {
+                output::message(format!("{vm}: not rebuilt, it is being written to"));
+            }
+            for reason in &rebuilt.failed {
+                output::message(format!("not rebuilt: {reason}"));
+                code = FAILED;
+            }
+        }
+        let options = CheckOptions { read_data: self.read_data, sample_percent: self.sample };
+        let bar = Progress::new("check", Some(0), self.json);
+        let report = check_store(&store, options, &mut |at: Checked| {
+            bar.note(|| format!("check, VM {} of {}", at.vms_done + 1, at.vms_total));
+            bar.set_total(at.bytes_total);
+            bar.set(at.bytes_done);
+        })?;
+        drop(bar);
+        if self.json {
+            output::json(&report)?;
+        } else {
+            let mut text: String = report.findings.iter().map(as_line).collect();
+            let verdict = if report.is_damaged() { "damage was found" } else { "no damage was found" };
+            text.push_str(&format!(
+                "{verdict}: VMs {}, snapshots {}, objects {}, {} of data read\n",
+                report.vms,
+                report.snapshots,
+                report.objects,
+                output::size(report.bytes_read)
+            ));
+            if report.findings_dropped > 0 {
+                text.push_str(&format!("{} more findings are not shown\n", report.findings_dropped));
+            }
+            if report.leaked_objects > 0 {
+                let leaked = output::size(report.leaked_bytes);
+                text.push_str(&format!("{} objects are in no log, {leaked}: see gc --exact\n", report.leaked_objects));
+            }
+            output::print(&text)?;
+        }
+        Ok(if report.is_damaged() { DAMAGED } else { code })
+    }
+}
+
+fn as_line(finding: &Finding) -> String {
+    let concerns = match finding.snapshots.as_slice() {
+        [] => String::new(),
+        names => format!(" (concerns {})", names.join(", ")),
+    };
+    format!("{}: {}{concerns}\n", finding.object, finding.what)
+}
+
+fn parse_percent(text: &str) -> Result<f64, String> {
+    let number = text.strip_suffix('%').unwrap_or(text).parse::<f64>();
+    number.ok().filter(|n| (0.0..=100.0).contains(n)).ok_or_else(|| "not a number from 0 to 100".to_owned())
+}

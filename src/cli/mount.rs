@@ -1,0 +1,274 @@
+//! `snapfs mount`: starts the daemon, and returns when the mount answers.
+
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use log::LevelFilter;
+
+use crate::cli::daemon::{self, Assignment, News};
+use crate::cli::logging::{LogTarget, init_logging};
+use crate::cli::mount_options::MountOptions;
+use crate::cli::mountinfo::{self, SNAPFS_TYPE};
+use crate::cli::umount::{How, is_dead, resolve, unmount};
+use crate::error::{Error, ErrorKind, Result, busy, invalid, not_found};
+use crate::fs::types::Options;
+use crate::fuse::MountSettings;
+use crate::limits::MEMORY_BYTES_DEFAULT;
+use crate::store::MemoryShares;
+
+/// Request threads if nothing else is said: one for each core, but at least and at most so many. Few of them would
+/// let slow reads hold up quick ones, many only take memory.
+const THREADS_MIN: usize = 4;
+const THREADS_MAX: usize = 16;
+
+/// Mounts of dead daemons that may lie on each other at one mountpoint.
+const DEAD_MOUNTS_MAX: usize = 16;
+
+/// A message of the daemon is a line; what it logs until then is some lines.
+const MESSAGE_BYTES_MAX: u64 = 64 << 10;
+
+/// Arguments of `snapfs mount`, but for the store.
+#[derive(Debug, clap::Args)]
+pub struct Mount {
+    /// Where to mount: an existing folder outside of the store
+    #[arg(value_name = "MOUNTPOINT")]
+    pub mountpoint: PathBuf,
+
+    /// Options: ro, allow_other, noallow_other, noexec, seal_after=TIME, max_memory=SIZE, threads=N, log=FILE
+    #[arg(short = 'o', value_name = "OPTION,...")]
+    pub options: Vec<String>,
+
+    /// Stay until the store is unmounted
+    #[arg(long)]
+    pub foreground: bool,
+
+    /// Log to this file instead of the system log
+    #[arg(long, value_name = "FILE")]
+    pub log: Option<PathBuf>,
+
+    /// Tell on standard output what became of the mount, then let go of it: what the daemon is started with
+    #[arg(long, hide = true)]
+    pub ready_on_stdout: bool,
+}
+
+/// Mounts the store. In the foreground this returns when it is unmounted, else when it answers.
+///
+/// # Errors
+/// `Invalid` for a wrong option or a mountpoint that cannot be used, `NotFound`, `Busy` when a store is mounted there,
+/// and whatever the store cannot be opened for.
+pub fn run(store: &Path, args: &Mount, max_memory: Option<u64>) -> Result<()> {
+    let options = MountOptions::parse(&args.options)?;
+    let shares = MemoryShares::of(max_memory.or(options.max_memory).unwrap_or(MEMORY_BYTES_DEFAULT))?;
+    if !args.foreground && !args.ready_on_stdout {
+        init_logging(LogTarget::Stderr, LevelFilter::Warn);
+        return in_background(store, args, max_memory);
+    }
+    let log_file = args.log.as_deref().or(options.log.as_deref()).map(open_log).transpose()?;
+    let target = match (args.ready_on_stdout, log_file) {
+        (true, file) => LogTarget::Background(file),
+        (false, Some(file)) => LogTarget::File(file),
+        (false, None) => LogTarget::Stderr,
+    };
+    init_logging(target, LevelFilter::Warn);
+    daemon::run(args.ready_on_stdout, || assignment(store, args, &options, shares))
+}
+
+/// All that the daemon must know; checks what can be checked before the store is opened.
+fn assignment(store: &Path, args: &Mount, options: &MountOptions, shares: MemoryShares) -> Result<Assignment> {
+    let store = store.canonicalize().map_err(|e| match e.kind() {
+        std::io::ErrorKind::NotFound => not_found(format!("store {}: there is no such folder", store.display())),
+        _ => Error::io(format!("store {}", store.display()), e),
+    })?;
+    let mountpoint = resolve(&args.mountpoint)?;
+    clear_of_dead(&mountpoint)?;
+    check_mountpoint(&mountpoint, &store)?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let settings = MountSettings {
+        mountpoint,
+        fsname: store.to_string_lossy().into_owned(),
+        read_only: options.read_only,
+        // Permissions are checked all the same, and a folder of a VM is its creator's: root mounts for everybody.
+        allow_other: options.allow_other.unwrap_or_else(|| rustix::process::geteuid().is_root()),
+        no_exec: options.no_exec,
+        threads: options.threads.unwrap_or(cores.clamp(THREADS_MIN, THREADS_MAX)),
+    };
+    let defaults = Options::default();
+    let seal_after = options.seal_after.unwrap_or(defaults.seal_after);
+    let options = Options { read_only: options.read_only, seal_after };
+    Ok(Assignment { store, shares, options, settings })
+}
+
+fn open_log(path: &Path) -> Result<std::fs::File> {
+    let file = std::fs::File::options().create(true).append(true).open(path);
+    file.map_err(|e| Error::io(format!("log {}", path.display()), e))
+}
+
+/// Takes away mounts whose daemon has died.
+fn clear_of_dead(mountpoint: &Path) -> Result<()> {
+    for _ in 0..DEAD_MOUNTS_MAX {
+        let rows = mountinfo::read()?;
+        let Some(row) = mountinfo::top(&rows, mountpoint).filter(|row| row.kind == SNAPFS_TYPE) else { return Ok(()) };
+        let what = format!("{}: {} is mounted there", mountpoint.display(), row.source.to_string_lossy());
+        if !is_dead(mountpoint) {
+            return Err(busy(what));
+        }
+        log::warn!("{what}, but its daemon has died: unmounting");
+        unmount(mountpoint, How::Lazily)?;
+    }
+    Err(busy(format!("{}: too many dead mounts on each other", mountpoint.display())))
+}
+
+/// A mountpoint must be a folder, and must not hide the store nor lie in it: the daemon would wait for itself.
+fn check_mountpoint(mountpoint: &Path, store: &Path) -> Result<()> {
+    let metadata = |path: &Path| std::fs::metadata(path).map_err(|e| Error::io(path.display().to_string(), e));
+    let at = metadata(mountpoint)?;
+    if !at.is_dir() {
+        return Err(invalid(format!("{}: is no folder", mountpoint.display())));
+    }
+    let of_store = metadata(store)?;
+    // By identity, not by path: a bind mount is another path to the same folder.
+    let same = |a: &std::fs::Metadata, b: &std::fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+    let within = |inner: &Path, outer: &std::fs::Metadata| {
+        inner.ancestors().any(|folder| std::fs::metadata(folder).is_ok_and(|folder| same(&folder, outer)))
+    };
+    let relation = if same(&at, &of_store) {
+        "is"
+    } else if mountpoint.starts_with(store) || within(mountpoint, &of_store) {
+        "lies in"
+    } else if store.starts_with(mountpoint) || within(store, &at) {
+        "holds"
+    } else {
+        return Ok(());
+    };
+    Err(invalid(format!("{}: {relation} the store {}", mountpoint.display(), store.display())))
+}
+
+/// Starts the daemon and waits until the mount answers.
+fn in_background(store: &Path, args: &Mount, max_memory: Option<u64>) -> Result<()> {
+    let mountpoint = resolve(&args.mountpoint)?;
+    let program = std::env::current_exe().map_err(|e| Error::io("own program", e))?;
+    let mut child = Command::new(program)
+        .args(daemon_arguments(store, args, max_memory)?)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|e| Error::io("start the daemon", e))?;
+    let (news, said) = listen(&mut child);
+    match news {
+        Some(News::Ready) => {
+            relay(&said);
+            check_answers(&mountpoint)
+        }
+        Some(News::Failed(error)) => {
+            relay(&said);
+            // Its end is near; so it leaves no zombie to a caller that stays.
+            let _ = child.wait();
+            Err(error)
+        }
+        None => {
+            let status = child.wait().map_or_else(|e| e.to_string(), |status| status.to_string());
+            let last = said.lines().rfind(|line| !line.is_empty()).unwrap_or("it said nothing");
+            let last = last.strip_prefix("snapfs: ").unwrap_or(last);
+            Err(Error::new(ErrorKind::Unavailable, format!("the daemon ended before it was ready, {status}: {last}")))
+        }
+    }
+}
+
+/// What the daemon says: its news, and what it has logged on standard error until then.
+fn listen(child: &mut Child) -> (Option<News>, String) {
+    let errors = child.stderr.take();
+    // Read at the same time: a daemon that fills one pipe must not wait for us at the other.
+    let errors = std::thread::spawn(move || {
+        let mut text = Vec::new();
+        if let Some(mut pipe) = errors {
+            let _ = pipe.by_ref().take(MESSAGE_BYTES_MAX).read_to_end(&mut text);
+            let _ = std::io::copy(&mut pipe, &mut std::io::sink());
+        }
+        String::from_utf8_lossy(&text).into_owned()
+    });
+    let mut line = Vec::new();
+    if let Some(pipe) = child.stdout.take() {
+        let _ = BufReader::new(pipe.take(MESSAGE_BYTES_MAX)).read_until(b'\n', &mut line);
+    }
+    let news = News::decode(&String::from_utf8_lossy(&line));
+    // The daemon lets go of standard error before it tells its news, or ends: this ends too.
+    (news, errors.join().unwrap_or_default())
+}
+
+fn relay(said: &str) {
+    let _ = std::io::stderr().write_all(said.as_bytes());
+}
+
+/// The last word on whether it is mounted has the kernel, and on whether it answers, the mount.
+fn check_answers(mountpoint: &Path) -> Result<()> {
+    let rows = mountinfo::read()?;
+    if mountinfo::top(&rows, mountpoint).is_none_or(|row| row.kind != SNAPFS_TYPE) {
+        let context = format!("{}: was unmounted at once", mountpoint.display());
+        return Err(Error::new(ErrorKind::Unavailable, context));
+    }
+    std::fs::metadata(mountpoint).map(drop).map_err(|e| Error::io(mountpoint.display().to_string(), e))
+}
+
+/// The arguments that start the daemon. Paths become absolute, so that none looks like an option.
+fn daemon_arguments(store: &Path, args: &Mount, max_memory: Option<u64>) -> Result<Vec<OsString>> {
+    let absolute = |path: &Path| {
+        std::path::absolute(path).map(PathBuf::into_os_string).map_err(|e| Error::io(path.display().to_string(), e))
+    };
+    let mut words: Vec<OsString> = vec!["mount".into(), "--ready-on-stdout".into()];
+    words.extend(["--store".into(), absolute(store)?]);
+    for list in &args.options {
+        words.extend(["-o".into(), list.into()]);
+    }
+    if let Some(bytes) = max_memory {
+        words.extend(["--max-memory".into(), bytes.to_string().into()]);
+    }
+    if let Some(log) = &args.log {
+        words.extend(["--log".into(), absolute(log)?]);
+    }
+    words.push(absolute(&args.mountpoint)?);
+    Ok(words)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mountpoint_in_or_around_the_store_is_refused() {
+        let outer = tempfile::tempdir().unwrap();
+        let outer = outer.path().canonicalize().unwrap();
+        let (store, inside, beside) = (outer.join("store"), outer.join("store/mnt"), outer.join("store-mnt"));
+        std::fs::create_dir_all(&inside).unwrap();
+        std::fs::create_dir(&beside).unwrap();
+        std::fs::write(outer.join("file"), "").unwrap();
+        for (point, word) in [(&inside, "lies in"), (&store, "is the store"), (&outer, "holds")] {
+            let refused = check_mountpoint(point, &store).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::Invalid);
+            assert!(refused.to_string().contains(word), "{refused}");
+        }
+        assert_eq!(check_mountpoint(&outer.join("file"), &store).unwrap_err().kind(), ErrorKind::Invalid);
+        assert!(check_mountpoint(&beside, &store).is_ok());
+    }
+
+    #[test]
+    fn the_daemon_gets_the_same_order() {
+        let args = Mount {
+            mountpoint: PathBuf::from("/mnt/a b"),
+            options: vec!["ro".to_owned(), "seal_after=1s,threads=2".to_owned()],
+            foreground: false,
+            log: Some(PathBuf::from("/var/log/x")),
+            ready_on_stdout: false,
+        };
+        let words = daemon_arguments(Path::new("/srv/s"), &args, Some(1 << 30)).unwrap();
+        let expected = "mount|--ready-on-stdout|--store|/srv/s|-o|ro|-o|seal_after=1s,threads=2|--max-memory|1073741824|\
+                        --log|/var/log/x|/mnt/a b";
+        assert_eq!(words.join(std::ffi::OsStr::new("|")), expected);
+        let relative = Mount { mountpoint: PathBuf::from("-x"), ..args };
+        let words = daemon_arguments(Path::new("-s"), &relative, None).unwrap();
+        assert!(Path::new(words.last().unwrap()).is_absolute());
+    }
+}

@@ -1,0 +1,25 @@
+//! COLLECT (G1-G5): forgets snapshots, finds what nobody needs any more, and gives its room back. One VM at a time,
+//! under its write lock; other VMs are never looked at.
+//!
+//! ```text
+//!   forget ── a log record (G1)
+//!   gc ────── plan: live slots (G2) -> dead packs, packs worth rewriting (G3, G4)      no lock, changes nothing
+//!        └─── lock, plan again -> record -> delete; compact -> record -> delete        resumable at every step
+//! ```
+
+pub mod forget;
+
+pub mod gc;
+
+pub mod compact;
+
+pub mod plan;
+
+pub mod live;
+
+#[cfg(test)]
+#[allow(dead_code, missing_docs, reason = "shared with the tests of `check`")]
+mod testing;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,384 @@
+//! G3, G4: what is dead, and which objects are worth writing anew. Reads metadata, changes nothing.
+
+use std::collections::{BTreeMap, HashSet};
+
+use roaring::{RoaringBitmap, RoaringTreemap};
+
+use crate::catalog::record::PackEntry;
+use crate::catalog::state::VmState;
+use crate::catalog::vm::Vm;
+use crate::collect::live::{Exactness, Roots, Walk, slot_range};
+use crate::error::Result;
+use crate::limits::{PACK_BYTES_MAX, PACK_MEMBERS_MAX};
+use crate::pack::Content;
+use crate::pack::frame::FrameRow;
+use crate::pack::index::HEADER_BYTES;
+use crate::pack::reader::Packs;
+use crate::units::{ObjectId, PackNumber, SlotId};
+
+/// Slots whose bitmap is held at a time: 4 MiB when dense, 64 MiB in the worst case of many small packs (I8).
+const SLOTS_AT_A_TIME: u64 = 32 << 20;
+
+/// An object is rewritten when at least this share of its frames' bytes is dead.
+const DEAD_PERCENT_MIN: u64 = 30;
+
+/// Below this share of dead slots the index is not read to see how many bytes they take.
+const DEAD_SLOTS_PERCENT_MIN: u64 = 10;
+
+/// Objects with fewer live bytes are small: each fsync of a draft makes one.
+const SMALL_BYTES: u64 = 4 << 20;
+
+/// As many small objects of one kind are merged; fewer are not worth the writing.
+const SMALL_OBJECTS_MIN: usize = 8;
+
+/// Slots of one merged object: its slot table (8 MiB) is in memory while it is written.
+const MERGED_SLOTS_MAX: u64 = 1 << 18;
+
+/// An object and the packs in it that the log has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Held {
+    /// The object.
+    pub object: ObjectId,
+    /// Its packs, by number.
+    pub packs: Vec<PackEntry>,
+}
+
+/// How much of an object is live.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Survey {
+    /// The object and its packs.
+    pub held: Held,
+    /// What it holds.
+    pub content: Content,
+    /// Live slots.
+    pub live: u64,
+    /// Slots.
+    pub slots: u64,
+    /// Bytes of all frames.
+    pub frames_bytes: u64,
+    /// Bytes of its frames that are live; a frame counts by its live slots.
+    pub live_bytes: u64,
+    /// Bytes of frames that a rewritten object would have at the most.
+    pub bound_bytes: u64,
+    /// Why its index cannot be read, if so: then it stays as it is.
+    pub damage: Option<String>,
+}
+
+impl Survey {
+    /// Whether nothing in it is live.
+    pub fn is_dead(&self) -> bool {
+        self.live == 0
+    }
+
+    /// Frame bytes that nobody needs.
+    pub fn dead_bytes(&self) -> u64 {
+        self.frames_bytes.saturating_sub(self.live_bytes)
+    }
+
+    /// Whether enough of it is dead.
+    pub fn is_worth_rewriting(&self) -> bool {
+        self.damage.is_none()
+            && !self.is_dead()
+            && self.dead_bytes() * 100 >= self.frames_bytes * DEAD_PERCENT_MIN
+            && self.live < self.slots
+    }
+
+    fn is_small(&self) -> bool {
+        self.damage.is_none() && !self.is_dead() && self.live_bytes < SMALL_BYTES
+    }
+}
+
+/// What a collection would do.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// Which roots count.
+    pub roots: Roots,
+    /// The objects, in parts whose bitmaps fit into memory, and whether anything of a part is to be rewritten.
+    pub parts: Vec<(Vec<Held>, bool)>,
+    /// Packs of objects in which nothing is live.
+    pub dead_packs: Vec<PackNumber>,
+    /// Those objects.
+    pub dead_objects: u64,
+    /// Their bytes.
+    pub dead_bytes: u64,
+    /// Objects to be rewritten.
+    pub rewritten: u64,
+    /// Bytes that rewriting gives back, about.
+    pub rewritten_bytes: u64,
+    /// Dead bytes that stay in objects which are not worth rewriting.
+    pub left_bytes: u64,
+    /// Objects that cannot be read, with the reason.
+    pub damaged: Vec<(ObjectId, String)>,
+    /// What an exact count found.
+    pub exactness: Exactness,
+    /// The surveyed part with its live slots, when there is only one.
+    pub only: Option<Surveyed>,
+}
+
+/// A part whose objects were surveyed.
+#[derive(Debug)]
+pub struct Surveyed {
+    /// The objects.
+    pub surveys: Vec<Survey>,
+    /// The live slots of their packs.
+    pub live: RoaringTreemap,
+}
+
+impl Plan {
+    /// Plans for a state. Cost: the group pages, once for each part of the packs; an index for each object with
+    /// dead slots. If exact, the recipes too.
+    ///
+    /// # Errors
+    /// As [`Walk::live_slots`].
+    pub fn make(vm: &Vm, packs: &Packs, state: &VmState, exact: bool) -> Result<Self> {
+        let mut plan = Self { roots: Roots::of(vm, state)?, ..Self::default() };
+        let parts = split(state);
+        let count = parts.len();
+        for part in parts {
+            let surveyed = Surveyed::of(vm, packs, state, &part, &plan.roots, exact, &mut plan.exactness)?;
+            let bins = bins(&surveyed.surveys);
+            plan.count(&surveyed.surveys, &bins);
+            plan.parts.push((part, !bins.is_empty()));
+            if count == 1 {
+                plan.only = Some(surveyed);
+            }
+        }
+        Ok(plan)
+    }
+
+    fn count(&mut self, surveys: &[Survey], bins: &[Vec<usize>]) {
+        let rewritten: HashSet<usize> = bins.iter().flatten().copied().collect();
+        self.rewritten += rewritten.len() as u64;
+        for (at, survey) in surveys.iter().enumerate() {
+            if let Some(damage) = &survey.damage {
+                self.damaged.push((survey.held.object, damage.clone()));
+            }
+            if survey.is_dead() {
+                self.dead_objects += 1;
+                self.dead_bytes += survey.held.packs.first().map_or(0, |p| p.object_bytes);
+                self.dead_packs.extend(survey.held.packs.iter().map(|p| p.number));
+            } else if rewritten.contains(&at) {
+                // Its part of the slot table goes too.
+                self.rewritten_bytes += survey.dead_bytes() + survey.slots.saturating_sub(survey.live) * 32;
+            } else {
+                self.left_bytes += survey.dead_bytes();
+            }
+        }
+    }
+
+    /// Whether packs or roots are to be dropped or rewritten.
+    pub fn has_work(&self) -> bool {
+        !self.dead_packs.is_empty() || !self.roots.dead.is_empty() || self.rewritten > 0
+    }
+}
+
+impl Surveyed {
+    /// Finds out what is live in some objects.
+    ///
+    /// # Errors
+    /// As [`Walk::live_slots`].
+    pub fn of(
+        vm: &Vm,
+        packs: &Packs,
+        state: &VmState,
+        part: &[Held],
+        roots: &Roots,
+        exact: bool,
+        exactness: &mut Exactness,
+    ) -> Result<Self> {
+        let within: HashSet<PackNumber> = part.iter().flat_map(|h| &h.packs).map(|p| p.number).collect();
+        // Each part counts the same pages anew.
+        let mut found = Exactness::default();
+        let walk = Walk { vm, packs, incarnation: state.incarnation, exact };
+        let live = walk.live_slots(&roots.live, &within, &mut found)?;
+        exactness.bitmaps_wrong = exactness.bitmaps_wrong.max(found.bitmaps_wrong);
+        exactness.recipes_damaged = exactness.recipes_damaged.max(found.recipes_damaged);
+        let surveys = part.iter().map(|held| survey(packs, held, &live)).collect();
+        Ok(Self { surveys, live })
+    }
+}
+
+/// The objects of a state by number, in parts of at most [`SLOTS_AT_A_TIME`].
+fn split(state: &VmState) -> Vec<Vec<Held>> {
+    let mut objects: BTreeMap<ObjectId, Vec<PackEntry>> = BTreeMap::new();
+    for entry in state.packs.values() {
+        objects.entry(entry.object).or_default().push(*entry);
+    }
+    let mut parts: Vec<Vec<Held>> = Vec::new();
+    let mut slots = u64::MAX;
+    for (object, packs) in objects {
+        let more: u64 = packs.iter().map(|p| u64::from(p.slots)).sum();
+        if slots.saturating_add(more) > SLOTS_AT_A_TIME {
+            parts.push(Vec::new());
+            slots = 0;
+        }
+        slots += more;
+        if let Some(part) = parts.last_mut() {
+            part.push(Held { object, packs });
+        }
+    }
+    parts
+}
+
+/// The live slots of a pack.
+pub fn live_of(live: &RoaringTreemap, pack: PackNumber) -> RoaringBitmap {
+    let range = slot_range(pack);
+    let mut slots = live.iter();
+    slots.advance_to(*range.start());
+    slots.take_while(|slot| slot <= range.end()).map(|slot| u32::from(SlotId(slot).slot())).collect()
+}
+
+/// Which of the slots that a frame has are live, as a mask of its span.
+pub fn live_mask(row: &FrameRow, live: &RoaringBitmap) -> u64 {
+    let mut mask = 0;
+    for slot in row.slots().filter(|slot| live.contains(u32::from(*slot))) {
+        mask |= 1 << (slot - row.first_slot);
+    }
+    mask
+}
+
+fn survey(packs: &Packs, held: &Held, live: &RoaringTreemap) -> Survey {
+    let slots: u64 = held.packs.iter().map(|p| u64::from(p.slots)).sum();
+    let alive: u64 = held.packs.iter().map(|p| live.range_cardinality(slot_range(p.number))).sum();
+    let first = held.packs.first();
+    let around = first.map_or(0, |p| u64::from(p.tail_bytes)) + HEADER_BYTES as u64 + slots * 32;
+    let frames_bytes = first.map_or(0, |p| p.object_bytes).saturating_sub(around);
+    let mut survey = Survey {
+        held: held.clone(),
+        content: first.map_or(Content::Data, |p| p.content),
+        live: alive,
+        slots,
+        frames_bytes,
+        live_bytes: frames_bytes * alive.min(slots) / slots.max(1),
+        bound_bytes: frames_bytes,
+        damage: None,
+    };
+    let dead = slots.saturating_sub(alive);
+    if alive > slots {
+        survey.damage = Some(format!("{alive} slots are in use, it has {slots}"));
+    } else if alive > 0 && dead * 100 >= slots * DEAD_SLOTS_PERCENT_MIN {
+        match measure(packs, held, live) {
+            Ok((live_bytes, bound_bytes)) => {
+                survey.live_bytes = live_bytes;
+                survey.bound_bytes = bound_bytes;
+            }
+            Err(e) => survey.damage = Some(e.to_string()),
+        }
+    }
+    survey
+}
+
+/// Bytes of live frames: by their live slots, and whole.
+fn measure(packs: &Packs, held: &Held, live: &RoaringTreemap) -> Result<(u64, u64)> {
+    let (mut live_bytes, mut bound_bytes) = (0, 0);
+    for entry in &held.packs {
+        let place = packs.locate(entry.number)?;
+        let index = packs.index(&place)?;
+        let slots = live_of(live, entry.number);
+        for row in &index.member(entry.number)?.frames {
+            let count = u64::from(live_mask(row, &slots).count_ones());
+            if count > 0 {
+                live_bytes += u64::from(row.stored_bytes) * count / u64::from(row.count()).max(1);
+                bound_bytes += u64::from(row.stored_bytes);
+            }
+        }
+    }
+    Ok((live_bytes, bound_bytes))
+}
+
+/// Which surveyed objects are rewritten, those of each inner list into one object.
+///
+/// Small ones are kept apart from large ones: then what comes out is such that the next collection finds nothing.
+pub fn bins(surveys: &[Survey]) -> Vec<Vec<usize>> {
+    let mut bins = Vec::new();
+    for content in [Content::Data, Content::Recipes] {
+        let of_content = || surveys.iter().enumerate().filter(move |(_, s)| s.content == content);
+        let small: Vec<usize> = of_content().filter(|(_, s)| s.is_small()).map(|(at, _)| at).collect();
+        let all = small.len() >= SMALL_OBJECTS_MIN;
+        let is_worth = |at: &usize| surveys.get(*at).is_some_and(Survey::is_worth_rewriting);
+        let small: Vec<usize> = small.into_iter().filter(|at| all || is_worth(at)).collect();
+        let large = of_content().filter(|(_, s)| !s.is_small()).map(|(at, _)| at).filter(is_worth).collect();
+        for list in [small, large] {
+            let packed = next_fit(surveys, &list);
+            bins.extend(packed.into_iter().filter(|bin| bin.len() > 1 || bin.iter().any(is_worth)));
+        }
+    }
+    bins
+}
+
+fn next_fit(surveys: &[Survey], list: &[usize]) -> Vec<Vec<usize>> {
+    let mut bins: Vec<Vec<usize>> = Vec::new();
+    let mut room = (0, 0, 0);
+    for at in list {
+        let Some(survey) = surveys.get(*at) else { continue };
+        let (bytes, members, slots) = (survey.bound_bytes, survey.held.packs.len(), survey.live);
+        if bytes > room.0 || members > room.1 || slots > room.2 || bins.is_empty() {
+            bins.push(Vec::new());
+            room = (PACK_BYTES_MAX, PACK_MEMBERS_MAX, MERGED_SLOTS_MAX);
+        }
+        room = (room.0.saturating_sub(bytes), room.1.saturating_sub(members), room.2.saturating_sub(slots));
+        if let Some(bin) = bins.last_mut() {
+            bin.push(*at);
+        }
+    }
+    bins
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::{Generation, RecordNumber, Serial};
+
+    fn survey(index: u16, frames_bytes: u64, live_percent: u64) -> Survey {
+        let number = Serial::new(RecordNumber(1), index);
+        let object = ObjectId { number, generation: Generation(0) };
+        let entry = PackEntry {
+            number,
+            object,
+            content: Content::Data,
+            slots: 100,
+            object_bytes: frames_bytes + 4000,
+            tail_bytes: 739,
+        };
+        Survey {
+            held: Held { object, packs: vec![entry] },
+            content: Content::Data,
+            live: live_percent,
+            slots: 100,
+            frames_bytes,
+            live_bytes: frames_bytes * live_percent / 100,
+            bound_bytes: frames_bytes * live_percent / 100,
+            damage: None,
+        }
+    }
+
+    #[test]
+    fn what_is_mostly_live_stays_and_what_is_not_is_rewritten() {
+        let surveys = [(100, false), (71, false), (70, true), (1, true), (0, false)];
+        for (percent, wanted) in surveys {
+            let found = !bins(&[survey(0, 60 << 20, percent)]).is_empty();
+            assert_eq!(found, wanted, "{percent} % live");
+        }
+        let damaged = Survey { damage: Some("x".into()), ..survey(0, 60 << 20, 10) };
+        assert!(bins(&[damaged]).is_empty());
+    }
+
+    #[test]
+    fn eight_small_ones_become_one_and_seven_do_not() {
+        let small: Vec<_> = (0..8).map(|i| survey(i, 1 << 20, 100)).collect();
+        assert!(bins(&small[..7]).is_empty());
+        assert_eq!(bins(&small), [(0..8).collect::<Vec<_>>()]);
+        // Of twenty of 3.9 MiB come two; a single one that is left over is not written anew.
+        let many: Vec<_> = (0..17).map(|i| survey(i, (4 << 20) - 1, 100)).collect();
+        assert_eq!(bins(&many), [(0..16).collect::<Vec<_>>()]);
+    }
+
+    #[test]
+    fn no_object_gets_over_its_limits() {
+        let many: Vec<_> = (0..3000).map(|i| survey(i, 1000, 100)).collect();
+        let found = bins(&many);
+        assert_eq!(found.iter().map(Vec::len).collect::<Vec<_>>(), [1024, 1024, 952]);
+        let dense: Vec<_> = (0..10).map(|i| Survey { live: 65536, slots: 65536, ..survey(i, 1000, 100) }).collect();
+        assert_eq!(bins(&dense).iter().map(Vec::len).collect::<Vec<_>>(), [4, 4, 2]);
+    }
+}

@@ -8,7 +8,7 @@ mod nodes;
 mod seal;
 pub mod types;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -54,6 +54,7 @@ pub struct MountedStore {
     open_files: Mutex<HashMap<FileKey, Arc<OpenFile>>>,
     sessions: Mutex<HashMap<String, Arc<Mutex<Weak<Session>>>>>,
     candidates: Mutex<HashMap<FileKey, Candidate>>,
+    to_merge: Mutex<BTreeSet<String>>,
     looked_at: Mutex<HashMap<String, Duration>>,
     lingering_links: Mutex<HashMap<(String, Option<String>), Duration>>,
     budget: Arc<Budget>,
@@ -85,6 +86,7 @@ impl MountedStore {
             open_files: Mutex::default(),
             sessions: Mutex::default(),
             candidates: Mutex::default(),
+            to_merge: Mutex::default(),
             looked_at: Mutex::default(),
             lingering_links: Mutex::default(),
             budget,
@@ -455,10 +457,10 @@ impl MountedStore {
         let guard = self.seal_guard(&handle, &vm)?;
         let has_writers = lock(&self.open_files).get(&key).is_some_and(|f| f.has_writers());
         let may_seal = guard.is_some() && !has_writers && !file_name.is_draft_name();
-        let replaced = handle.append(None, |state| {
+        let (replaced, sealed_now) = handle.append(None, |state| {
             let file = state.file(id)?;
             if (file.disk.as_ref(), file.name.as_str()) == (new_disk.as_ref(), new_name) {
-                return Ok((Vec::new(), None));
+                return Ok((Vec::new(), (None, None)));
             }
             let exists = || Error::new(ErrorKind::Exists, format!("{new_name:?} exists"));
             if new_disk.is_none() && state.disks.contains_key(new_name) {
@@ -472,12 +474,16 @@ impl MountedStore {
             let rename =
                 Op::Rename { file: id, disk: new_disk.clone(), name: new_name.to_owned(), replaced };
             let mut ops = vec![rename];
-            if may_seal && file.sealed.is_none() && file.data_blocks > 0 {
+            let seals = may_seal && file.sealed.is_none() && file.data_blocks > 0;
+            if seals {
                 ops.push(Op::Seal { file: id });
             }
-            Ok((ops, replaced))
+            Ok((ops, (replaced, seals.then(|| file.clone()))))
         })?;
         drop(guard);
+        if let Some(entry) = sealed_now {
+            self.note_sealed(&vm, &entry);
+        }
         if let Some(replaced) = replaced
             && let Some(open) = lock(&self.open_files).get(&(vm.clone(), replaced))
         {

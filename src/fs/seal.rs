@@ -6,11 +6,16 @@ use std::time::Duration;
 
 use crate::backend::Guard;
 use crate::catalog::record::Op;
+use crate::catalog::state::FileEntry;
 use crate::catalog::vm::Vm;
+use crate::collect::gc::{GcOptions, collect_vm};
 use crate::error::{ErrorKind, Result};
 use crate::fs::{FileKey, MountedStore, lock};
-use crate::name::FileName;
+use crate::name::{FileName, VmName};
 use crate::store::lock_key;
+
+/// A draft with this many commits has its small packs merged when it is sealed: as many as collection merges.
+const COMMITS_TO_MERGE: u32 = 8;
 
 /// A draft that is sealed when its time has come.
 #[derive(Debug, Clone, Copy)]
@@ -71,9 +76,32 @@ impl MountedStore {
             }
             self.seal_due(false);
         }
+        self.merge_small_packs();
         let now = self.store.clock().elapsed();
         self.store.backend().tidy();
         lock(&self.lingering_links).retain(|_, until| *until > now);
+    }
+
+    /// W8: a draft that was committed often has left many small packs. Collection of its VM merges them, once it is
+    /// sealed, and drops what its earlier commits alone referred to.
+    pub(super) fn note_sealed(&self, vm: &str, entry: &FileEntry) {
+        if entry.commits >= COMMITS_TO_MERGE {
+            lock(&self.to_merge).insert(vm.to_owned());
+        }
+    }
+
+    fn merge_small_packs(&self) {
+        let waiting = std::mem::take(&mut *lock(&self.to_merge));
+        for name in waiting {
+            let Ok(vm) = VmName::new(&name) else { continue };
+            match collect_vm(&self.store, &vm, GcOptions::default(), &mut |_| {}) {
+                Ok(report) if report.busy => {
+                    lock(&self.to_merge).insert(name);
+                }
+                Ok(_) => {}
+                Err(e) => log::warn!("{name}: small packs are not merged: {e}"),
+            }
+        }
     }
 
     /// Drafts that were closed before the daemon ended get their grace time now.
@@ -127,6 +155,7 @@ impl MountedStore {
             let fits = file.sealed.is_none() && file.data_blocks > 0 && !is_never(&file.name);
             Ok((if fits { vec![Op::Seal { file: key.1 }] } else { Vec::new() }, ()))
         })?;
+        self.note_sealed(&key.0, &entry);
         Ok(true)
     }
 

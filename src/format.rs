@@ -30,6 +30,8 @@ pub enum ObjectKind {
     Pack = 3,
     /// A record of the store's configuration.
     Config = 4,
+    /// The whole state of a VM after some record of its log.
+    Checkpoint = 5,
 }
 
 /// The 16 bytes that magic, kind, version and features take at the start of every object.

@@ -28,6 +28,10 @@ const OPEN_FILES_MAX: usize = 64;
 /// Folders remembered as being on the medium. One that is forgotten costs its syncs again, nothing else.
 const KNOWN_FOLDERS_MAX: usize = 1024;
 
+/// How often a full medium is written to again, and the pause between.
+const FULL_TRIES: u32 = 5;
+const FULL_PAUSE: Duration = Duration::from_millis(200);
+
 /// Bytes appended after which their writeback is begun, so that little is left to write at the end.
 const WRITEBACK_BYTES: u64 = 8 << 20;
 
@@ -556,9 +560,16 @@ impl Upload for Writing {
     fn append(&mut self, bytes: &[u8]) -> Result<()> {
         let mut rest = bytes;
         let mut offset = self.bytes;
+        let mut waited = 0;
         while !rest.is_empty() {
             let outcome = match retry_on_intr(|| rustix::io::pwrite(&self.file, rest, offset)) {
                 Ok(0) => Err(Errno::IO),
+                // Objects that collection has just deleted are held by readers a moment longer.
+                Err(Errno::NOSPC) if waited < FULL_TRIES => {
+                    waited += 1;
+                    std::thread::sleep(FULL_PAUSE);
+                    continue;
+                }
                 outcome => outcome,
             };
             match outcome {

@@ -141,8 +141,6 @@ wire_enum! {
         13 => Drop { packs: Vec<PackNumber>, roots: Vec<RootId> },
         /// Everything that might have been deleted before this record has been.
         14 => Deleted {},
-        /// The whole state; older records are not needed any more.
-        15 => Checkpoint { state: Box<VmState> },
     }
 }
 
@@ -194,12 +192,19 @@ impl Record {
         let within = |e: Error| e.within("log record");
         decode(open_envelope(ObjectKind::Record, bytes).map_err(within)?).map_err(within)
     }
+}
 
-    /// The whole state, if this record carries it.
-    pub fn checkpoint(&self) -> Option<&VmState> {
-        self.ops.iter().find_map(|op| match op {
-            Op::Checkpoint { state } => Some(&**state),
-            _ => None,
-        })
-    }
+/// The stored object of a checkpoint: the whole state after some record. It takes no number of the log, so that
+/// losing it loses nothing while the records that it stands for are kept.
+pub fn checkpoint_object(state: &VmState) -> Vec<u8> {
+    envelop(ObjectKind::Checkpoint, &encode(state))
+}
+
+/// Reads a checkpoint.
+///
+/// # Errors
+/// `Corrupt`, `Unsupported`.
+pub fn open_checkpoint(bytes: &[u8]) -> Result<VmState> {
+    let within = |e: Error| e.within("checkpoint");
+    decode(open_envelope(ObjectKind::Checkpoint, bytes).map_err(within)?).map_err(within)
 }

@@ -1,6 +1,6 @@
 //! The state of a VM: what its log adds up to. Pure: records in, state out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::catalog::record::{Attributes, Changes, Commit, Dead, Op, PackEntry, Record, Target};
 use crate::clock::Timestamp;
@@ -74,8 +74,6 @@ pub struct VmState {
     pub incarnation: Incarnation,
     /// The last record that is in here.
     pub number: RecordNumber,
-    /// The newest checkpoint and the one before it.
-    pub checkpoints: (RecordNumber, RecordNumber),
     /// The VM's folder; `None` when the VM is deleted.
     pub attributes: Option<Attributes>,
     /// The writer that began last.
@@ -145,16 +143,6 @@ impl VmState {
     /// must be thrown away.
     pub fn apply(&mut self, record: &Record) -> Result<()> {
         let first = self.number == RecordNumber(0);
-        if let Some(state) = record.checkpoint().filter(|s| first || s.number == self.number) {
-            if record.number != state.number.next()? || record.incarnation != state.incarnation {
-                return Err(corrupt(format!("log: checkpoint {} is of another place", record.number.0)));
-            }
-            let previous = state.checkpoints.0;
-            *self = state.clone();
-            self.number = record.number;
-            self.checkpoints = (record.number, previous);
-            return Ok(());
-        }
         if record.number != self.number.next()? {
             return Err(corrupt(format!("log: record {} after {}", record.number.0, self.number.0)));
         }
@@ -232,25 +220,30 @@ impl VmState {
                         None => return Err(corrupt(format!("moves pack {} that is not there", entry.number))),
                     }
                 }
+                if self.packs.values().any(|p| dead.contains(&p.object)) {
+                    return Err(corrupt("moves packs out of an object that others are still in"));
+                }
                 self.dropping.extend(dead.iter().map(|object| Dead::Pack { object: *object }));
             }
             Op::Drop { packs, roots } => {
+                let mut left = BTreeSet::new();
                 for number in packs {
                     let Some(entry) = self.packs.remove(number) else {
                         return Err(corrupt(format!("drops pack {number} that is not there")));
                     };
-                    // The object goes with its last member.
-                    if !self.packs.values().any(|p| p.object == entry.object) {
-                        self.dropping.push(Dead::Pack { object: entry.object });
-                    }
+                    left.insert(entry.object);
                 }
+                // An object goes with its last member.
+                for entry in self.packs.values() {
+                    left.remove(&entry.object);
+                }
+                self.dropping.extend(left.into_iter().map(|object| Dead::Pack { object }));
                 for root in roots {
                     self.condemned.remove(root);
                     self.dropping.push(Dead::Root { id: *root });
                 }
             }
             Op::Deleted {} => self.dropping.clear(),
-            Op::Checkpoint { .. } => return Err(corrupt("checkpoint that is not of this place")),
         }
         Ok(())
     }
@@ -342,7 +335,6 @@ impl Wire for VmState {
     fn put(&self, out: &mut Vec<u8>) {
         self.incarnation.put(out);
         self.number.put(out);
-        self.checkpoints.put(out);
         self.attributes.put(out);
         self.session.put(out);
         self.disks.iter().map(|(name, a)| (name.clone(), *a)).collect::<Vec<_>>().put(out);
@@ -355,7 +347,6 @@ impl Wire for VmState {
     fn take(reader: &mut Reader<'_>) -> Result<Self> {
         let incarnation = Wire::take(reader)?;
         let number = Wire::take(reader)?;
-        let checkpoints = Wire::take(reader)?;
         let attributes = Wire::take(reader)?;
         let session = Wire::take(reader)?;
         let disks = Vec::<(String, Attributes)>::take(reader)?;
@@ -374,7 +365,6 @@ impl Wire for VmState {
         Ok(Self {
             incarnation,
             number,
-            checkpoints,
             attributes,
             session,
             disks: disks.into_iter().collect(),

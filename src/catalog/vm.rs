@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::backend::{Backend, Key};
-use crate::catalog::record::{Attributes, Op, Record};
+use crate::catalog::record::{Attributes, Op, Record, checkpoint_object, open_checkpoint};
 use crate::catalog::state::VmState;
 use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, Result, busy, corrupt, not_found};
@@ -30,9 +30,36 @@ pub fn pack_key(vm: &str, object: ObjectId) -> Key {
     Key::new(format!("vms/{vm}/packs/{}", object_name(object)))
 }
 
-fn parse_record_name(name: &str) -> Option<RecordNumber> {
-    let number = RecordNumber(name.parse().ok()?);
-    (format!("{:010}", number.0) == name).then_some(number)
+/// The key of a checkpoint: the state after a record.
+pub fn checkpoint_key(vm: &str, number: RecordNumber) -> Key {
+    Key::new(format!("vms/{vm}/log/{:010}.checkpoint", number.0))
+}
+
+/// What a file name in a log stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogEntry {
+    /// A record.
+    Record(RecordNumber),
+    /// The state after a record.
+    Checkpoint(RecordNumber),
+}
+
+/// What a file name in a log stands for, if it is spelled as the writer spells it.
+pub fn parse_log_name(name: &str) -> Option<LogEntry> {
+    let (digits, is_checkpoint) = match name.strip_suffix(".checkpoint") {
+        Some(digits) => (digits, true),
+        None => (name, false),
+    };
+    let number = RecordNumber(digits.parse().ok()?);
+    let is_ours = format!("{:010}", number.0) == digits;
+    is_ours.then_some(if is_checkpoint { LogEntry::Checkpoint(number) } else { LogEntry::Record(number) })
+}
+
+/// The entries of a log: records and checkpoints, ascending.
+#[derive(Debug, Default)]
+struct Numbers {
+    records: Vec<RecordNumber>,
+    checkpoints: Vec<RecordNumber>,
 }
 
 /// A VM and what is known of its log.
@@ -48,6 +75,8 @@ pub struct Vm {
 #[derive(Clone)]
 struct Known {
     state: Arc<VmState>,
+    // The newest checkpoint that was seen.
+    checkpoint: RecordNumber,
     // Why the log cannot be read further. Reading goes on with what is known, writing does not.
     damage: Option<Arc<Error>>,
 }
@@ -55,7 +84,7 @@ struct Known {
 impl Vm {
     /// A VM whose log is not read yet.
     pub fn new(name: &str, backend: Arc<dyn Backend>, clock: Arc<dyn Clock>) -> Self {
-        let state = RwLock::new(Known { state: Arc::default(), damage: None });
+        let state = RwLock::new(Known { state: Arc::default(), checkpoint: RecordNumber(0), damage: None });
         Self { name: name.to_owned(), backend, clock, state, appending: Mutex::new(()) }
     }
 
@@ -78,8 +107,10 @@ impl Vm {
         self.appending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn know(&self, state: Arc<VmState>, damage: Option<Arc<Error>>) {
-        *self.state.write().unwrap_or_else(PoisonError::into_inner) = Known { state, damage };
+    fn know(&self, state: Arc<VmState>, checkpoint: Option<RecordNumber>, damage: Option<Arc<Error>>) {
+        let mut known = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        let checkpoint = checkpoint.unwrap_or(known.checkpoint);
+        *known = Known { state, checkpoint, damage };
     }
 
     /// Reads what is new in the log. Cost: one listing, and a read per new record.
@@ -100,7 +131,7 @@ impl Vm {
             match self.read_log() {
                 Err(e) if e.kind() == ErrorKind::NotFound && last.is_none_or(|l| l < 15) => {
                     last = Some(last.unwrap_or(0) + 1);
-                    if self.numbers()?.is_empty() {
+                    if self.numbers()?.records.is_empty() {
                         return Err(not_found(format!("VM {:?} is not there", self.name)));
                     }
                 }
@@ -110,10 +141,17 @@ impl Vm {
         Err(Error::new(ErrorKind::Unavailable, format!("vms/{}/log: changes faster than it can be read", self.name)))
     }
 
-    fn numbers(&self) -> Result<Vec<RecordNumber>> {
-        let rows = self.backend.list(&log_prefix(&self.name))?;
-        let mut numbers: Vec<_> = rows.iter().filter_map(|row| parse_record_name(&row.name)).collect();
-        numbers.sort_unstable();
+    fn numbers(&self) -> Result<Numbers> {
+        let mut numbers = Numbers::default();
+        for row in self.backend.list(&log_prefix(&self.name))? {
+            match parse_log_name(&row.name) {
+                Some(LogEntry::Record(number)) => numbers.records.push(number),
+                Some(LogEntry::Checkpoint(number)) => numbers.checkpoints.push(number),
+                None => {}
+            }
+        }
+        numbers.records.sort_unstable();
+        numbers.checkpoints.sort_unstable();
         Ok(numbers)
     }
 
@@ -128,61 +166,83 @@ impl Vm {
         }
     }
 
+    fn read_checkpoint(&self, number: RecordNumber) -> Result<VmState> {
+        let key = checkpoint_key(&self.name, number);
+        let bytes = self.backend.read_all(&key, LOG_RECORD_BYTES_MAX)?;
+        let state = open_checkpoint(&bytes).map_err(|e| e.within(&key))?;
+        if state.number == number { Ok(state) } else { Err(corrupt(format!("{key}: is of record {}", state.number.0))) }
+    }
+
     fn read_log(&self) -> Result<Arc<VmState>> {
         let numbers = self.numbers()?;
         let known = self.state();
-        let Some(newest) = numbers.last().copied() else {
+        let Some(newest) = numbers.records.last().copied() else {
             return Err(not_found(format!("VM {:?} is not there", self.name)));
         };
+        let checkpoint = numbers.checkpoints.last().copied().unwrap_or_default();
         if newest == known.number && self.damage().is_none() {
+            self.know(known.clone(), Some(checkpoint), None);
             return Ok(known);
         }
-        // Backwards to what is known, or to the newest whole checkpoint.
-        let mut records: Vec<Record> = Vec::new();
-        let mut damage: Option<Error> = None;
-        let mut base = None;
-        for number in numbers.iter().rev().copied() {
-            if number <= known.number {
-                if number == known.number {
-                    base = Some((*known).clone());
+        let (base, mut damage) = self.base(&numbers, &known)?;
+        let mut records = Vec::new();
+        for number in numbers.records.iter().copied().filter(|n| *n > base.number) {
+            match self.read_record(number) {
+                Ok(record) => records.push(record),
+                Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported) => {
+                    // What comes after it cannot be trusted to be all there is.
+                    damage = Some(e);
+                    break;
                 }
+                Err(e) => return Err(e),
+            }
+        }
+        let (state, broken) = replay(&base, &records);
+        let damage = broken.or(damage).filter(|_| state.number < newest);
+        let damage = damage.map(|e| Arc::new(e.within(format!("VM {:?}: log is damaged", self.name))));
+        let state = Arc::new(state);
+        self.know(state.clone(), Some(checkpoint), damage);
+        Ok(state)
+    }
+
+    /// Where reading begins: what is known, the newest whole checkpoint, or nothing before the first record. With it
+    /// the damage that was met on the way, which counts only if what follows cannot make up for it.
+    fn base(&self, numbers: &Numbers, known: &VmState) -> Result<(VmState, Option<Error>)> {
+        let has = |number: RecordNumber| numbers.records.binary_search(&number).is_ok();
+        if known.number > RecordNumber(0) && has(known.number) && known.number.next().is_ok_and(has) {
+            return Ok((known.clone(), None));
+        }
+        let mut damage = None;
+        for number in numbers.checkpoints.iter().rev().copied() {
+            if number < known.number && has(known.number) {
                 break;
             }
-            match self.read_record(number) {
-                Ok(record) => {
-                    let is_base = record.checkpoint().is_some() || number == RecordNumber(1);
-                    records.push(record);
-                    if is_base {
-                        base = Some(VmState::default());
-                        break;
-                    }
+            // A record beside it proves that it is this VM's.
+            let witness = if has(number) { number } else { number.next()? };
+            let told = self.read_checkpoint(number).and_then(|state| match self.read_record(witness) {
+                Ok(record) if record.incarnation != state.incarnation => {
+                    Err(corrupt(format!("{}: is of another VM", checkpoint_key(&self.name, number))))
                 }
+                Err(e) if e.kind() == ErrorKind::NotFound => Err(e),
+                _ => Ok(state),
+            });
+            match told {
+                Ok(state) => return Ok((state, damage)),
                 Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported) => damage = Some(e),
                 Err(e) => return Err(e),
             }
         }
-        let Some(mut state) = base else {
-            let missing = format!("vms/{}/log: neither its first record nor a checkpoint is whole", self.name);
-            return Err(match damage {
-                Some(e) => e.within(missing),
-                None => corrupt(missing),
-            });
-        };
-        for record in records.iter().rev() {
-            let mut next = state.clone();
-            match next.apply(record) {
-                Ok(()) => state = next,
-                // What comes after a gap or a damaged record cannot be trusted to be all there is.
-                Err(e) => {
-                    damage = Some(damage.unwrap_or(e));
-                    break;
-                }
-            }
+        if known.number > RecordNumber(0) && has(known.number) {
+            return Ok((known.clone(), damage));
         }
-        let damage = damage.map(|e| Arc::new(e.within(format!("VM {:?}: log is damaged", self.name))));
-        let state = Arc::new(state);
-        self.know(state.clone(), damage);
-        Ok(state)
+        if numbers.records.first() == Some(&RecordNumber(1)) {
+            return Ok((VmState::default(), damage));
+        }
+        let missing = format!("vms/{}/log: neither its first record nor a checkpoint is whole", self.name);
+        Err(match damage {
+            Some(e) => e.within(missing),
+            None => corrupt(missing),
+        })
     }
 
     /// Appends one record made from the newest state. `change` may run several times, each time on the state that
@@ -226,6 +286,9 @@ impl Vm {
         next.apply(&record).map_err(|e| e.as_kind(ErrorKind::Invalid))?;
         let key = record_key(&self.name, number);
         let object = record.to_object();
+        if object.len() as u64 > LOG_RECORD_BYTES_MAX {
+            return Err(Error::new(ErrorKind::TooLarge, format!("{key}: record of {} bytes", object.len())));
+        }
         match self.put_durably(&key, &object) {
             Ok(()) => {}
             Err(e) if e.kind() == ErrorKind::Exists => return Ok(false),
@@ -237,7 +300,7 @@ impl Vm {
             },
             Err(e) => return Err(e),
         }
-        self.know(Arc::new(next), None);
+        self.know(Arc::new(next), None, None);
         Ok(true)
     }
 
@@ -251,29 +314,37 @@ impl Vm {
         }
     }
 
-    /// Writes the whole state now and then, and removes the records that no reader needs any more. The checkpoint
-    /// before the newest stays with all that follows it: a damaged checkpoint then costs nothing.
+    /// Writes the whole state now and then, and removes what no reader needs any more. The checkpoint before the
+    /// newest stays with all records that follow it: a damaged checkpoint then costs nothing.
     fn checkpoint_if_due(&self) {
-        let state = self.state();
-        let since = u64::from(state.number.0 - state.checkpoints.0.0);
-        if since < LOG_CHECKPOINT_INTERVAL {
+        let known = self.state.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let number = known.state.number;
+        if u64::from(number.0 - known.checkpoint.0.min(number.0)) < LOG_CHECKPOINT_INTERVAL {
             return;
         }
-        let op = Op::Checkpoint { state: Box::new((*state).clone()) };
-        match self.put(&state, None, vec![op]) {
-            Ok(true) => {}
-            // Another process was faster, or there is no room: the next record tries again.
-            Ok(false) => return,
-            Err(e) => {
+        let object = checkpoint_object(&known.state);
+        if object.len() as u64 > LOG_RECORD_BYTES_MAX {
+            log::warn!("VM {:?}: its state of {} bytes is too large for a checkpoint", self.name, object.len());
+            return;
+        }
+        match self.backend.put_new(&checkpoint_key(&self.name, number), &object) {
+            // Another process wrote the same state: just as good.
+            Err(e) if e.kind() != ErrorKind::Exists => {
                 log::debug!("VM {:?}: no checkpoint: {e}", self.name);
                 return;
             }
+            _ => {}
         }
-        let needed = self.state().checkpoints.1;
+        self.know(known.state, Some(number), None);
         let Ok(numbers) = self.numbers() else { return };
-        for number in numbers.into_iter().take_while(|n| *n < needed) {
-            if let Err(e) = self.backend.delete(&record_key(&self.name, number)) {
-                log::debug!("VM {:?}: old record stays: {e}", self.name);
+        let Some(needed) = numbers.checkpoints.iter().rev().nth(1).copied() else { return };
+        // Records first: a checkpoint without what follows it would be of no use to anybody.
+        let old_records = numbers.records.iter().filter(|n| **n <= needed).map(|n| record_key(&self.name, *n));
+        let old_checkpoints =
+            numbers.checkpoints.iter().filter(|n| **n < needed).map(|n| checkpoint_key(&self.name, *n));
+        for key in old_records.chain(old_checkpoints) {
+            if let Err(e) = self.backend.delete(&key) {
+                log::debug!("{key}: stays: {e}");
                 return;
             }
         }
@@ -333,6 +404,19 @@ fn check_session(vm: &str, state: &VmState, session: Option<RecordNumber>) -> Re
         Some(now) => Err(busy(format!("VM {vm:?}: another writer took over: process {} on {}", now.process, now.host))),
         None => Err(busy(format!("VM {vm:?}: the writer's begin record is gone"))),
     }
+}
+
+/// Applies records in order; the state after the last good one, and what is wrong with the next.
+fn replay(base: &VmState, records: &[Record]) -> (VmState, Option<Error>) {
+    let mut state = base.clone();
+    for (at, record) in records.iter().enumerate() {
+        if let Err(e) = state.apply(record) {
+            // The state is half changed now: once more, up to here.
+            let good = records.get(..at).unwrap_or_default();
+            return (replay(base, good).0, Some(e));
+        }
+    }
+    (state, None)
 }
 
 /// Fills `out` with random bytes of the kernel.

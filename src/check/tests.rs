@@ -152,3 +152,29 @@ fn a_wrong_bitmap_and_a_damaged_log_are_found() {
     let report = check(&bench, CheckOptions::default());
     assert!(report.findings.iter().any(|f| f.object == "vms/db02/log"), "{:?}", report.findings);
 }
+
+#[test]
+fn derived_data_is_made_anew_unless_its_vm_is_being_written() {
+    use crate::backend::Backend;
+    use crate::clock::ManualClock;
+    use crate::store::{MemoryShares, Store, lock_key};
+    let bench = bench();
+    let folder = tempfile::tempdir().unwrap();
+    let backend = Arc::new(bench.memory.clone());
+    let clock = Arc::new(ManualClock::default());
+    let derived = folder.path().join("derived");
+    let store = Store::with_backend(backend, Some(derived.clone()), clock, MemoryShares::default()).unwrap();
+    for vm in ["web01", "gone"] {
+        std::fs::create_dir_all(derived.join("vms").join(vm)).unwrap();
+        std::fs::write(derived.join("vms").join(vm).join("junk"), "junk").unwrap();
+    }
+    let report = crate::check::rebuild(&store).unwrap();
+    assert_eq!(report.rebuilt, ["db02", "web01"]);
+    assert!(report.busy.is_empty() && report.failed.is_empty(), "{report:?}");
+    assert!(!derived.join("vms/gone").exists() && !derived.join("vms/web01/junk").exists());
+    assert!(derived.join("vms/web01/similarity").exists());
+    let _held = bench.memory.try_lock(&lock_key("web01")).unwrap().unwrap();
+    let report = crate::check::rebuild(&store).unwrap();
+    assert_eq!((report.rebuilt, report.busy), (vec!["db02".to_owned()], vec!["web01".to_owned()]));
+    bench.verify(&bench.memory);
+}

@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::backend::Key;
-use crate::catalog::record::{Dead, PackEntry, Record};
+use crate::catalog::record::{Dead, PackEntry, Record, open_checkpoint};
 use crate::catalog::roots::parse_root_name;
 use crate::catalog::state::VmState;
-use crate::catalog::vm::{Vm, log_prefix};
+use crate::catalog::vm::{LogEntry, Vm, log_prefix, parse_log_name};
 use crate::check::faults::{Faults, Severity, Subject};
 use crate::check::objects::ObjectCheck;
 use crate::check::store::{CheckOptions, CheckReport};
@@ -73,7 +73,8 @@ fn list(vm: &Vm, folder: &str) -> Result<Vec<crate::backend::Listed>> {
     vm.backend().list(&Key::new(format!("vms/{}/{folder}", vm.name())))
 }
 
-/// Whether the log is readable to its end. Records before the newest checkpoint are looked at too.
+/// Whether the log is readable to its end. What lies before the newest checkpoint is looked at too: it is there in
+/// case that one is damaged.
 fn check_log(vm: &Vm, faults: &mut Faults) -> Result<bool> {
     let damage = vm.damage();
     if let Some(damage) = &damage {
@@ -82,21 +83,20 @@ fn check_log(vm: &Vm, faults: &mut Faults) -> Result<bool> {
     }
     for row in list(vm, "log")? {
         let key = Key::new(format!("{}/{}", log_prefix(vm.name()), row.name));
-        let told = vm.backend().read_all(&key, LOG_RECORD_BYTES_MAX).and_then(|bytes| Record::from_object(&bytes));
+        let Some(entry) = parse_log_name(&row.name) else { continue };
+        let told = vm.backend().read_all(&key, LOG_RECORD_BYTES_MAX).and_then(|bytes| match entry {
+            LogEntry::Record(number) => Record::from_object(&bytes).map(|record| (record.number, number)),
+            LogEntry::Checkpoint(number) => open_checkpoint(&bytes).map(|state| (state.number, number)),
+        });
         match told {
-            Ok(record) if format!("{:010}", record.number.0) == row.name => {}
-            // Older records go when a checkpoint is written.
+            Ok((told, named)) if told == named => {}
+            // Older entries go when a checkpoint is written.
             Err(e) if e.kind() == ErrorKind::NotFound => {}
-            Ok(record) => {
-                let what = format!("is record {}", record.number.0);
-                faults.note(Subject::Other(key.to_string()), Severity::Should, what);
+            Ok((told, _)) => {
+                faults.note(Subject::Other(key.to_string()), Severity::Must, format!("is of record {}", told.0));
             }
-            Err(e) => {
-                // What lies before the newest checkpoint is only there in case that one is damaged.
-                let needed = row.name.parse().is_ok_and(|number: u32| number >= vm.state().checkpoints.0.0);
-                let severity = if needed { Severity::Must } else { Severity::Should };
-                faults.note(Subject::Other(key.to_string()), severity, e.to_string());
-            }
+            // Nothing is lost, because the log could be read; but one more such and it could not.
+            Err(e) => faults.note(Subject::Other(key.to_string()), Severity::Must, e.to_string()),
         }
     }
     Ok(true)

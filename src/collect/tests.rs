@@ -1,6 +1,7 @@
 //! Collection on a store in memory: what survives, what goes, and that a fault at any call loses nothing.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use crate::backend::Backend;
 use crate::backend::testing::{Fault, Faulty, Memory, Scope};
@@ -21,8 +22,8 @@ fn gc(bench: &Bench, exact: bool, dry_run: bool) -> GcReport {
 /// A base of three segments, of which each version writes a part anew and keeps some of the last one's.
 fn version(number: u64) -> Model {
     let mut model: Model = (1..=1500).collect();
-    for at in 100..400 {
-        model[at] = 10_000 * (number + 1) + at as u64;
+    for (at, content) in model.iter_mut().enumerate().take(400).skip(100) {
+        *content = 10_000 * (number + 1) + at as u64;
     }
     for at in 0..number as usize * 20 {
         model[600 + at] = 5_000_000 + at as u64;
@@ -266,25 +267,34 @@ fn a_wrong_bitmap_does_not_lose_what_recipes_use() {
     bench.verify(&bench.memory);
 }
 
+struct Tell<'a>(&'a AtomicBool);
+
+impl Drop for Tell<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
 #[test]
 fn readers_of_what_stays_notice_nothing() {
     let mut bench = history(Memory::new(), 12);
     let reader = open(Arc::new(bench.memory.clone()));
-    let done = std::sync::atomic::AtomicBool::new(false);
+    let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let reading = scope.spawn(|| {
             let mut rounds = 0;
-            while !done.load(std::sync::atomic::Ordering::Relaxed) || rounds == 0 {
+            while !done.load(Relaxed) || rounds == 0 {
                 read(&reader, "web01/11.img", &version(11));
                 rounds += 1;
             }
         });
+        // However this ends, the reader is told.
+        let _tell = Tell(&done);
         for number in 0..11 {
             bench.forget(&[format!("web01/{number}.img").as_str()]);
             gc(&bench, number % 3 == 0, false);
+            assert!(!reading.is_finished(), "the reader met an error");
         }
-        done.store(true, std::sync::atomic::Ordering::Relaxed);
-        reading.join().unwrap();
     });
     bench.verify(&bench.memory);
 }

@@ -34,6 +34,9 @@ use crate::units::FileId;
 /// How long the kernel may keep what only records of other processes change.
 const KEEP: Duration = Duration::from_secs(1);
 
+/// How long the kernel may keep what never changes.
+const KEEP_ROOT: Duration = Duration::from_secs(24 * 3600);
+
 /// A VM's log is looked at anew when the last look is older than this.
 const REFRESH_AFTER: Duration = Duration::from_millis(300);
 
@@ -59,7 +62,6 @@ pub struct MountedStore {
     budget: Arc<Budget>,
     spill_folder: PathBuf,
     is_scanned: AtomicBool,
-    tidied: Mutex<Duration>,
 }
 
 #[derive(Clone)]
@@ -91,7 +93,6 @@ impl MountedStore {
             budget,
             spill_folder,
             is_scanned: AtomicBool::new(false),
-            tidied: Mutex::default(),
         })
     }
 
@@ -210,7 +211,8 @@ impl MountedStore {
             ..fixed(Kind::Folder, 0, 0, links)
         };
         match node {
-            Node::Root => Ok(fixed(Kind::Folder, 0, 0o755, 2)),
+            // The root never changes: whoever asks for it, even after the daemon has died, need not ask twice.
+            Node::Root => Ok(Attributes { keep: KEEP_ROOT, ..fixed(Kind::Folder, 0, 0o755, 2) }),
             Node::Control => Ok(fixed(Kind::Folder, 0, 0o755, 2)),
             Node::Status => {
                 let bytes = self.status_text().len() as u64;

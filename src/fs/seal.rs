@@ -12,9 +12,6 @@ use crate::fs::{FileKey, MountedStore, lock};
 use crate::name::FileName;
 use crate::store::lock_key;
 
-/// How often what is idle is let go of.
-const TIDY_EVERY: Duration = Duration::from_secs(2);
-
 /// A draft that is sealed when its time has come.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Candidate {
@@ -75,13 +72,8 @@ impl MountedStore {
             self.seal_due(false);
         }
         let now = self.store.clock().elapsed();
-        let mut tidied = lock(&self.tidied);
-        if now >= *tidied + TIDY_EVERY {
-            *tidied = now;
-            drop(tidied);
-            self.store.backend().tidy();
-            lock(&self.lingering_links).retain(|_, until| *until > now);
-        }
+        self.store.backend().tidy();
+        lock(&self.lingering_links).retain(|_, until| *until > now);
     }
 
     /// Drafts that were closed before the daemon ended get their grace time now.

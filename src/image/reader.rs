@@ -217,10 +217,13 @@ pub fn seek(
 ) -> Result<Option<u64>> {
     let segments = grid.segments(image_bytes);
     let mut at = grid.offset(offset);
-    while offset < image_bytes {
+    if offset >= image_bytes {
+        return Ok(None);
+    }
+    loop {
         let segment = SegmentIndex::holding(at);
         if segment.0 >= segments {
-            break;
+            return Ok(None);
         }
         if data && !has_group(segment.group())? {
             at = u64::from(segment.group() + 1) * (GROUP_SEGMENTS * SEGMENT_BYTES) as u64;
@@ -236,7 +239,6 @@ pub fn seek(
         }
         at = segment.grid_offset() + SEGMENT_BYTES as u64;
     }
-    Ok(None)
 }
 
 /// The first block at or after `first` that has data or has none.

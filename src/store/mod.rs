@@ -228,7 +228,6 @@ impl Store {
     pub fn open_image(&self, vm: &Arc<Vm>, file: &FileEntry) -> Result<Image> {
         let name = format!("{}/{}", vm.name(), file.path());
         let about = |e: Error| e.within(&name);
-        let state = vm.state();
         let key = root_key(vm.name(), file.root);
         let missing = |e: Error| match e.kind() {
             ErrorKind::NotFound => {
@@ -246,7 +245,7 @@ impl Store {
         if now.files.get(&file.id).is_none_or(|f| f.root != file.root) {
             return Err(about(Error::new(ErrorKind::Stale, "was forgotten or replaced meanwhile")));
         }
-        let root = read_root(&*self.backend, vm.name(), state.incarnation, file.root).map_err(missing).map_err(about)?;
+        let root = read_root(&*self.backend, vm.name(), now.incarnation, file.root).map_err(missing).map_err(about)?;
         Ok(Image::new(name.clone(), Arc::new(root), self.packs(vm), Some(pin)))
     }
 

@@ -10,7 +10,9 @@ fn body(render: impl FnOnce(&mut Vec<u8>) -> std::io::Result<()>) -> String {
     render(&mut bytes).unwrap();
     let text = String::from_utf8(bytes).unwrap();
     let is_heading = |line: &&str| line.starts_with(".SH") || line.starts_with(".ie") || line.starts_with(".el");
-    text.lines().filter(|line| !is_heading(line)).map(|line| format!("{line}\n")).collect()
+    let text: String = text.lines().filter(|line| !is_heading(line)).map(|l| format!("{}\n", l.trim_end())).collect();
+    // Every command has it: not worth three lines each.
+    text.replace(".TP\n\\fB\\-h\\fR, \\fB\\-\\-help\\fR\nPrint help\n", "")
 }
 
 /// Text that keeps its lines.
@@ -26,13 +28,10 @@ fn page() -> String {
     let mut command = snapfs::cli::command();
     command.build();
     let extra = |command: &clap::Command| command.get_after_help().map(ToString::to_string).unwrap_or_default();
-    let mut bytes = Vec::new();
-    let man = Man::new(command.clone()).date("").source("snapfs").manual("snapfs");
-    man.render_title(&mut bytes).unwrap();
-    man.render_name_section(&mut bytes).unwrap();
-    man.render_synopsis_section(&mut bytes).unwrap();
-    man.render_description_section(&mut bytes).unwrap();
-    let mut page = String::from_utf8(bytes).unwrap();
+    let about = command.get_about().map(ToString::to_string).unwrap_or_default();
+    let mut page = format!(".TH SNAPFS 1 \"\" \"snapfs {}\"\n", env!("CARGO_PKG_VERSION"));
+    page.push_str(&format!(".SH NAME\nsnapfs \\- {}\n", about.replace('-', "\\-")));
+    page.push_str(".SH SYNOPSIS\n\\fBsnapfs\\fR \\fICOMMAND\\fR [\\fISTORE\\fR] [\\fIARGUMENT\\fR...]\n");
     page.push_str(".SH COMMANDS\n");
     for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
         let man = Man::new(sub.clone());

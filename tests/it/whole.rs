@@ -265,10 +265,8 @@ impl Place {
 
     /// Mounts the store at a folder, which is made if it is not there.
     pub fn mount_at(&self, name: &str, options: &str) -> Mount<'_> {
-        // One whose daemon has died is there too, but cannot be asked.
-        if !self.exists(name) && std::fs::create_dir(self.path(name)).is_err() {
-            eprintln!("{name}: exists and does not answer");
-        }
+        // It may be there: also one whose daemon has died, which cannot be asked.
+        let _ = std::fs::create_dir(self.path(name));
         let mut words = vec!["mount", "store", name];
         if !options.is_empty() {
             words.extend(["-o", options]);

@@ -23,7 +23,7 @@ pub mod rebuild;
 mod tests;
 
 #[cfg(test)]
-#[allow(dead_code, missing_docs, reason = "shared with the tests of `collect`")]
+#[allow(dead_code, missing_docs, clippy::duplicate_mod, reason = "shared with the tests of `collect`")]
 #[path = "../collect/testing.rs"]
 mod testing;
 

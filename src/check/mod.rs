@@ -1,5 +1,5 @@
 //! The invariants as a program: reads everything that a store should have, and says what is missing or wrong.
-//! Changes nothing (but for [`rebuild`]), needs no lock, and runs beside writers and collection.
+//! Changes nothing (but for [`rebuild()`]), needs no lock, and runs beside writers and collection.
 //!
 //! ```text
 //!   each VM:  log ── objects: length, header, index, slot table, frames      (I1, I3, I4)
@@ -23,7 +23,7 @@ pub mod rebuild;
 mod tests;
 
 #[cfg(test)]
-#[allow(dead_code, missing_docs, reason = "shared with the tests of `collect`")]
+#[allow(dead_code, missing_docs, clippy::duplicate_mod, reason = "shared with the tests of `collect`")]
 #[path = "../collect/testing.rs"]
 mod testing;
 

@@ -40,7 +40,7 @@ impl Check {
     /// Runs the command.
     ///
     /// # Errors
-    /// As [`check_store`] and [`rebuild`]. Damage that was found is no error of theirs.
+    /// As [`check_store`] and [`rebuild()`]. Damage that was found is no error of theirs.
     pub fn run(&self) -> Outcome {
         let store = self.store.open()?;
         let mut code = DONE;

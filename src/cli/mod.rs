@@ -186,6 +186,11 @@ pub fn exit_code(kind: ErrorKind) -> u8 {
     }
 }
 
+/// What the program can be told: for the manual, which is made from it.
+pub fn command() -> clap::Command {
+    <Arguments as clap::CommandFactory>::command()
+}
+
 /// Runs the program with the arguments and the environment of this process.
 pub fn main() -> ExitCode {
     std::panic::set_hook(Box::new(|panic| {

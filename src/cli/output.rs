@@ -28,7 +28,7 @@ pub fn print(text: &str) -> Result<(), Stop> {
 /// Prints a line.
 ///
 /// # Errors
-/// As [`print`].
+/// As [`print()`].
 pub fn line(text: impl AsRef<str>) -> Result<(), Stop> {
     print(&format!("{}\n", text.as_ref()))
 }
@@ -36,7 +36,7 @@ pub fn line(text: impl AsRef<str>) -> Result<(), Stop> {
 /// Prints one JSON document.
 ///
 /// # Errors
-/// As [`print`].
+/// As [`print()`].
 pub fn json(value: &impl Serialize) -> Result<(), Stop> {
     let text = serde_json::to_string_pretty(value).map_err(|e| corrupt("JSON").because(e))?;
     line(text)

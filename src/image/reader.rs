@@ -187,7 +187,7 @@ fn read_extent(packs: &Packs, extent: &crate::recipe::Extent, from: usize, to: u
         extent.first_slot.plus(block as u32).ok_or_else(|| corrupt("extent reaches over the end of its pack"))
     };
     // The first block may be wanted from its middle on: through a block of our own.
-    if at % BLOCK_BYTES != 0 {
+    if !at.is_multiple_of(BLOCK_BYTES) {
         let mut block = [0; BLOCK_BYTES];
         packs.read_blocks(slot(at / BLOCK_BYTES)?, &mut block)?;
         let head = (BLOCK_BYTES - at % BLOCK_BYTES).min(to - at);

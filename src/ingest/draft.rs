@@ -200,7 +200,7 @@ impl Draft {
     /// truncated to nothing.
     pub fn write_at(self: &Arc<Self>, offset: u64, bytes: &[u8], now: Timestamp) -> Result<()> {
         let end = offset.checked_add(bytes.len() as u64).filter(|end| *end <= IMAGE_BYTES_MAX);
-        let end = end.ok_or_else(|| too_large())?;
+        let end = end.ok_or_else(too_large)?;
         let mut inner = self.ready()?;
         inner.mtime = now;
         inner.is_dirty = true;

@@ -28,6 +28,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// First slot, slots that it spans, bytes.
+type RawFrame = (u16, u32, Arc<Vec<u8>>);
+
 /// A pack that is being written, as its readers see it.
 struct OpenPack {
     number: PackNumber,
@@ -138,7 +141,7 @@ impl OpenPack {
     }
 
     /// Bytes of the frame or raw run that holds a slot, with its first slot and what it spans.
-    fn frame_at(&self, slot: u16) -> Result<Option<(u16, u32, Arc<Vec<u8>>)>> {
+    fn frame_at(&self, slot: u16) -> Result<Option<RawFrame>> {
         let inner = lock(&self.inner);
         if let Some((first, raw)) = inner.raw.range(..=slot).next_back() {
             let count = match self.content {

@@ -17,7 +17,7 @@ impl Ranges {
         let touched = self.0.get(from..to).unwrap_or_default();
         let start = touched.first().map_or(range.start, |r| r.start.min(range.start));
         let end = touched.last().map_or(range.end, |r| r.end.max(range.end));
-        self.0.splice(from..to, [start..end]);
+        self.0.splice(from..to, std::iter::once(start..end));
     }
 
     /// Whether all of `0..end` was written.

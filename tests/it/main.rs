@@ -8,6 +8,11 @@
 )]
 
 mod backend_suite;
+mod cli;
 mod cost;
+mod docs;
+mod manual;
 mod model;
+mod mount;
+mod whole;
 mod world;

@@ -1,0 +1,438 @@
+//! Tier 7: the commands of the real binary on temporary folders: exit codes, JSON, restoring to everything that can
+//! be restored to, and what happens when the source, the medium or a second writer is in the way.
+
+use std::collections::BTreeSet;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::Path;
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::whole::{Disk, Loop, MIB, Place, eventually, image, need_loop, need_tools, same, signal};
+use crate::world::noise;
+
+const COMMANDS: [&str; 13] =
+    ["init", "mount", "umount", "backup", "restore", "list", "show", "diff", "forget", "gc", "check", "stats", "demo"];
+
+#[test]
+fn every_command_has_help_with_an_example() {
+    let place = Place::without_store();
+    let help = place.snapfs("--help").ok().text();
+    let listed: BTreeSet<&str> = help
+        .lines()
+        .skip_while(|line| *line != "Commands:")
+        .skip(1)
+        .take_while(|line| !line.is_empty())
+        .filter_map(|line| line.strip_prefix("  ")?.split_whitespace().next().filter(|_| !line.starts_with("   ")))
+        .filter(|name| *name != "help")
+        .collect();
+    assert_eq!(listed, BTreeSet::from(COMMANDS));
+    for command in COMMANDS {
+        let help = place.snapfs(&format!("{command} --help")).ok().text();
+        assert!(help.contains("Examples:"), "{command}: {help}");
+        assert!(help.contains(&format!("  snapfs {command}")), "{command}: {help}");
+    }
+}
+
+#[test]
+fn exit_codes_are_those_of_the_table() {
+    let place = Place::new();
+    place.write("a.img", &image(1, 1));
+    place.snapfs("backup store web01/a.img a.img").ok();
+    place.snapfs("frobnicate").fails(2, "frobnicate");
+    place.snapfs("list store --no-such-option").fails(2, "--no-such-option");
+    place.snapfs("backup store").fails(2, "SNAPSHOT");
+    place.snapfs("forget store").fails(2, "SNAPSHOT");
+    place.snapfs("list store --max-memory 1M").fails(2, "max-memory");
+    place.snapfs("list nowhere").fails(3, "nowhere");
+    place.snapfs("list store web02").fails(3, "web02");
+    place.snapfs("show store web01/b.img").fails(3, "web01/b.img");
+    place.snapfs("restore store web02/a.img x").fails(3, "web02/a.img");
+    place.snapfs("backup store web01/b.img nowhere").fails(3, "nowhere");
+    place.snapfs("forget store web01/b.img").fails(3, "web01/b.img");
+    place.snapfs("umount nowhere").fails(3, "nowhere");
+    place.snapfs("backup store web01/b.img a.img --parent web01/0.img").fails(3, "web01/0.img");
+    place.snapfs("init store").fails(1, "store");
+    place.snapfs("backup store web01/a.img a.img").fails(1, "exists");
+    place.snapfs("backup store web01/b.img .").fails(1, "folder");
+    assert!(!place.exists("x"));
+    place.snapfs("check store --read-data").ok();
+}
+
+#[test]
+fn damage_is_exit_code_4_and_is_named() {
+    let place = Place::new();
+    place.write("a.img", &image(1, 2));
+    place.snapfs("backup store web01/a.img a.img").ok();
+    let pack = place.objects("web01", "packs").remove(0);
+    std::fs::set_permissions(&pack, PermissionsExt::from_mode(0o600)).unwrap();
+    let file = std::fs::File::options().read(true).write(true).open(&pack).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 300_000).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], 300_000).unwrap();
+    let name = pack.file_name().unwrap().to_str().unwrap();
+    let told = place.snapfs("restore store web01/a.img b.img").fails(4, name);
+    assert!(told.err.contains("web01/a.img"), "{}", told.err);
+    assert!(!place.exists("b.img"));
+    let told = place.snapfs("check store --read-data").fails(4, "");
+    assert!(told.text().contains(name) && told.text().contains("web01/a.img"), "{}", told.text());
+    // Without reading the data there is nothing to see.
+    place.snapfs("check store").ok();
+}
+
+#[test]
+fn the_store_may_come_from_an_option_or_the_environment() {
+    let place = Place::new();
+    place.write("a.img", &image(1, 1));
+    place.snapfs("--store store backup web01/a.img a.img").ok();
+    place.snapfs("backup web01/b.img a.img --store=store").ok();
+    let listed = place.command(crate::whole::SNAPFS).args(["list", "--json"]).env("SNAPFS_STORE", "store").output();
+    let listed = String::from_utf8(listed.unwrap().stdout).unwrap();
+    assert!(listed.contains("web01/a.img") && listed.contains("web01/b.img"), "{listed}");
+}
+
+#[test]
+fn bad_names_are_refused_and_leave_nothing() {
+    let place = Place::new();
+    place.write("a.img", &image(1, 1));
+    let long = format!("web01/{}", "a".repeat(256));
+    let bad = [
+        "",
+        "web01",
+        "/web01/a",
+        "web01/",
+        "web01//a",
+        "../a",
+        "web01/..",
+        "web01/.",
+        "a/b/c/d",
+        "web01/latest",
+        "web01/latest/a",
+        ".snapfs/a",
+        "web01/a\nb",
+        "web01/a\tb",
+        &long,
+    ];
+    for name in bad {
+        let done = place.run(&["backup", "store", name, "a.img"]);
+        assert!(matches!(done.code, 1 | 2), "{name:?}: {} {}", done.code, done.err);
+        assert!(done.err.starts_with("snapfs: ") || done.err.starts_with("error: "), "{name:?}: {}", done.err);
+    }
+    assert!(!place.exists("store/vms/web01"));
+    assert_eq!(place.snapfs("list store --json").ok().json(), serde_json::json!([]));
+}
+
+#[test]
+fn odd_names_are_names() {
+    let place = Place::new();
+    place.write("a.img", &image(1, 1));
+    for name in ["web 01/a b", "-x/-y", "\u{e4}\u{1f4be}/it's \"it\"", "web01/xvda/a.img", "web01/.hidden"] {
+        place.run(&["backup", "store", "--", name, "a.img"]).ok();
+        place.run(&["restore", "store", "--", name, "back"]).ok();
+        same(&place.read("back"), &place.read("a.img"), name);
+        std::fs::remove_file(place.path("back")).unwrap();
+    }
+    assert_eq!(place.snapfs("list store --json").ok().json().as_array().unwrap().len(), 5);
+}
+
+#[test]
+fn reports_parse_as_json_and_hold_names_and_sizes() {
+    let place = Place::new();
+    place.write("a.img", &image(1, 3));
+    place.write("b.img", &image(2, 3));
+    let report = place.snapfs("backup store web01/a.img a.img --json").ok().json();
+    assert_eq!((report["name"].as_str(), report["size"].as_u64()), (Some("web01/a.img"), Some(3 << 20)));
+    place.snapfs("backup store web01/b.img b.img").ok();
+    let list = place.snapfs("list store --json").ok().json();
+    assert_eq!((list[0]["name"].as_str(), list[0]["size"].as_u64()), (Some("web01/a.img"), Some(3 << 20)));
+    let show = place.snapfs("show store web01/latest --json").ok().json();
+    assert_eq!((show["name"].as_str(), show["parent"].as_str()), (Some("web01/b.img"), Some("web01/a.img")));
+    for words in [
+        "stats store --json",
+        "diff store web01/a.img web01/b.img --json",
+        "check store --json",
+        "restore store web01/a.img c.img --json",
+        "forget store web01/a.img --dry-run --json",
+        "gc store --dry-run --json",
+    ] {
+        assert!(place.snapfs(words).ok().json().is_object(), "{words}");
+    }
+    for words in ["list store", "show store web01/a.img", "stats store", "diff store web01/a.img web01/b.img"] {
+        let text = place.snapfs(words).ok().text();
+        assert!(!text.trim_start().starts_with(['{', '[']) && text.lines().count() > 1, "{words}: {text}");
+    }
+}
+
+#[test]
+fn an_image_is_restored_to_files_and_streams() {
+    let place = Place::new();
+    let bytes = image(3, 5);
+    place.write("a.img", &bytes);
+    place.snapfs("backup store web01/a.img a.img").ok();
+
+    place.snapfs("restore store web01/a.img new.img").ok();
+    same(&place.read("new.img"), &bytes, "a new file");
+    assert_eq!(place.mode("new.img"), 0o600);
+    let sectors = std::os::unix::fs::MetadataExt::blocks(&place.path("new.img").metadata().unwrap());
+    assert!(sectors * 512 <= 4 << 20, "holes do not stay holes: {sectors} sectors");
+
+    // Only what differs is written.
+    let again = place.snapfs("restore store web01/a.img new.img --json").ok().json();
+    assert_eq!(again["bytes_written"].as_u64(), Some(0), "{again}");
+    let mut other = bytes.clone();
+    other[12345] ^= 1;
+    place.write("other.img", &other);
+    let mended = place.snapfs("restore store web01/a.img other.img --json").ok().json();
+    assert!((1..=2 << 20).contains(&mended["bytes_written"].as_u64().unwrap()), "{mended}");
+    same(&place.read("other.img"), &bytes, "a file that differs");
+    place.write("short.img", b"short");
+    place.snapfs("restore store web01/a.img short.img").ok();
+    same(&place.read("short.img"), &bytes, "a shorter file");
+
+    let stream = place.snapfs("restore store web01/a.img -").ok();
+    same(&stream.out, &bytes, "standard output");
+    place.snapfs("restore store web01/a.img - --json").fails(2, "--json");
+    same(&place.snapfs("restore store web01/a.img /dev/stdout").ok().out, &bytes, "/dev/stdout");
+
+    // A reader that goes away is an error or a quiet end, not a panic.
+    let cut = place.shell(&format!("{} restore store web01/a.img - | head -c 10 | wc -c", crate::whole::SNAPFS));
+    assert_eq!(cut.text().trim(), "10");
+    assert!(!cut.err.contains("internal error"), "{}", cut.err);
+    assert!(
+        !std::fs::read_dir(place.path("")).unwrap().any(|r| r
+            .unwrap()
+            .file_name()
+            .to_string_lossy()
+            .contains("partial"))
+    );
+}
+
+#[test]
+fn a_device_is_backed_up_and_restored_to() {
+    need_loop!("cli::a_device_is_backed_up_and_restored_to");
+    let place = Place::new();
+    let (old, new) = (image(4, 4), image(5, 4));
+    place.write("disk", &old);
+    let device = Loop::attach(&place.path("disk"), &[]).unwrap();
+    let path = device.0.to_str().unwrap().to_owned();
+    place.run(&["backup", "store", "web01/old.img", &path]).ok();
+    same(&place.snapfs("restore store web01/old.img -").ok().out, &old, "the device's backup");
+    place.write("new.img", &new);
+    place.snapfs("backup store web01/new.img new.img").ok();
+    place.run(&["restore", "store", "web01/new.img", &path]).ok();
+    place.run(&["backup", "store", "web01/again.img", &path]).ok();
+    let again = place.snapfs("show store web01/again.img --json").ok().json();
+    assert_eq!(again["levels"]["new_bytes"].as_u64(), Some(0), "{again}");
+    // A device that is too small is refused before a byte of it is written.
+    place.write("big.img", &image(6, 6));
+    place.snapfs("backup store web01/big.img big.img").ok();
+    assert_ne!(place.run(&["restore", "store", "web01/big.img", &path]).code, 0);
+    place.shell("sync").ok();
+    drop(device);
+    same(&place.read("disk"), &new, "the device");
+}
+
+#[test]
+fn a_change_map_is_believed_only_as_far_as_it_is_true() {
+    let place = Place::new();
+    let mut bytes = noise(7, 64 * MIB);
+    place.write("a.img", &bytes);
+    place.snapfs("backup store web01/a.img a.img").ok();
+    bytes[10 * MIB..10 * MIB + 4096].copy_from_slice(&noise(8, 4096));
+    place.write("b.img", &bytes);
+    place.write("map", br#"[{"start": 10485760, "length": 4096, "data": true}]"#);
+    place.snapfs("backup store web01/b.img b.img --changed map").fails(2, "--parent");
+    let report = place.snapfs("backup store web01/b.img b.img --parent web01/a.img --changed map --json").ok().json();
+    assert_eq!(report["levels"]["new_bytes"].as_u64(), Some(4096), "{report}");
+    same(&place.snapfs("restore store web01/b.img -").ok().out, &bytes, "the image");
+    place.write("c.img", &noise(9, 64 * MIB));
+    place.snapfs("backup store web01/c.img c.img --parent web01/b.img --changed map").fails(1, "map");
+    for text in ["", "{}", "[{\"start\": -1, \"length\": 1, \"data\": true}]", "no json"] {
+        place.write("bad", text.as_bytes());
+        place.snapfs("backup store web01/c.img b.img --parent web01/b.img --changed bad").fails(1, "change map");
+    }
+    // A block that the map does not list is found when all is verified.
+    bytes[50 * MIB] ^= 1;
+    place.write("c.img", &bytes);
+    place.snapfs("backup store web01/c.img c.img --parent web01/b.img --changed map --verify-map").fails(1, "map");
+    assert_eq!(place.snapfs("list store --json").ok().json().as_array().unwrap().len(), 2);
+    place.snapfs("check store --read-data").ok();
+}
+
+#[test]
+fn what_is_forgotten_is_freed_and_the_rest_stays_whole() {
+    let place = Place::new();
+    for number in 0..4 {
+        place.write(&format!("{number}.img"), &image(10 + number, 4));
+        place.snapfs(&format!("backup store web01/{number}.img {number}.img")).ok();
+    }
+    let bytes =
+        |place: &Place| place.snapfs("stats store --json").ok().json()["total"]["stored_bytes"].as_u64().unwrap();
+    let before = bytes(&place);
+    place.snapfs("forget store web01/0.img web01/2.img --dry-run").ok();
+    place.snapfs("gc store --dry-run").ok();
+    assert_eq!((bytes(&place), place.snapfs("list store --json").ok().json().as_array().unwrap().len()), (before, 4));
+    place.snapfs("forget store web01/0.img web01/2.img").ok();
+    place.snapfs("show store web01/0.img").fails(3, "web01/0.img");
+    place.snapfs("gc store").ok();
+    let after = bytes(&place);
+    assert!(after < before * 6 / 10, "{before} before, {after} after");
+    let idle = place.snapfs("gc store web01 --json").ok().json();
+    assert_eq!(idle["vms"][0]["idle"].as_bool(), Some(true), "{idle}");
+    place.snapfs("gc store --exact").ok();
+    for number in [1, 3] {
+        let back = place.snapfs(&format!("restore store web01/{number}.img -")).ok();
+        same(&back.out, &place.read(&format!("{number}.img")), "what is left");
+    }
+    place.snapfs("check store --read-data").ok();
+    place.snapfs("check store --rebuild").ok();
+    // What was forgotten may come back.
+    place.snapfs("backup store web01/0.img 0.img").ok();
+    same(&place.snapfs("restore store web01/0.img -").ok().out, &place.read("0.img"), "what came back");
+    place.snapfs("check store --read-data").ok();
+}
+
+#[test]
+fn a_source_that_shrinks_while_it_is_read_is_refused() {
+    let place = Place::new();
+    place.write("seed.img", &image(1, 1));
+    place.snapfs("backup store web01/seed.img seed.img").ok();
+    for _ in 0..20 {
+        place.write("a.img", &noise(2, 8 * MIB));
+        // Held up between the opening of its source and the first read: the VM's lock is ours.
+        let lock = std::fs::File::options().write(true).open(place.path("store/vms/web01/write.lock")).unwrap();
+        flock(&lock, FlockOperation::LockExclusive).unwrap();
+        let mut backup = place.start("backup store web01/a.img a.img");
+        let source = place.path("a.img").canonicalize().unwrap();
+        let fds = format!("/proc/{}/fd", backup.pid());
+        eventually("the source is open", || {
+            let opened = std::fs::read_dir(&fds).is_ok_and(|rows| {
+                rows.filter_map(Result::ok).any(|row| std::fs::read_link(row.path()).is_ok_and(|to| to == source))
+            });
+            opened || backup.has_ended()
+        });
+        std::fs::File::options().write(true).open(&source).unwrap().set_len(3 * MIB as u64 + 100).unwrap();
+        drop(lock);
+        let done = backup.finish();
+        if done.code == 5 {
+            // This machine was so slow that the lock was given up.
+            continue;
+        }
+        done.fails(1, "a.img");
+        assert_eq!(place.snapfs("list store --json").ok().json().as_array().unwrap().len(), 1);
+        place.snapfs("gc store --exact").ok();
+        place.snapfs("check store --read-data").ok();
+        return;
+    }
+    panic!("the lock was given up twenty times");
+}
+
+#[test]
+fn a_stream_is_as_long_as_it_is() {
+    let place = Place::new();
+    let bytes = image(1, 3);
+    let mut backup = place.start("backup store web01/a.img -");
+    backup.write(&bytes[..MIB + 17]);
+    backup.finish().ok();
+    same(&place.snapfs("restore store web01/a.img -").ok().out, &bytes[..MIB + 17], "a stream");
+    place.shell("mkfifo pipe").ok();
+    place.snapfs("backup store web01/b.img pipe").fails(1, "FIFO");
+}
+
+#[test]
+fn a_second_writer_of_a_vm_is_told_busy() {
+    let place = Place::new();
+    place.write("a.img", &image(1, 1));
+    place.snapfs("backup store web01/a.img a.img").ok();
+    let records = place.records("web01");
+    let mut first = place.start("backup store web01/b.img -");
+    first.write(&image(2, 1));
+    eventually("the first writer begins", || place.records("web01") > records);
+    place.snapfs("backup store web01/c.img a.img").fails(5, "web01");
+    // Collection neither waits nor harms.
+    let gc = place.snapfs("gc store web01 --exact");
+    assert!(matches!(gc.code, 0 | 5), "{}: {}", gc.code, gc.err);
+    place.snapfs("backup store web02/c.img a.img").ok();
+    same(&place.snapfs("restore store web01/a.img -").ok().out, &place.read("a.img"), "reading goes on");
+    first.finish().ok();
+    let names = place.snapfs("list store web01 --json").ok().text();
+    assert!(names.contains("web01/b.img") && !names.contains("web01/c.img"), "{names}");
+    place.snapfs("check store --read-data").ok();
+}
+
+#[test]
+fn a_killed_writer_leaves_no_lock_and_no_snapshot() {
+    let place = Place::new();
+    let mut first = place.start("backup store web01/a.img -");
+    first.write(&noise(1, 4 * MIB));
+    eventually("the writer begins", || place.records("web01") >= 2);
+    signal(first.pid(), rustix::process::Signal::KILL);
+    assert_eq!(first.finish().code, -1);
+    assert_eq!(place.snapfs("list store --json").ok().json(), serde_json::json!([]));
+    place.write("a.img", &image(1, 1));
+    // The index that the killed writer had open is made anew, and that is told.
+    let next = place.snapfs("backup store web01/a.img a.img");
+    assert!(next.code == 0 && next.err.lines().count() <= 1, "{}", next.err);
+    assert!(next.err.is_empty() || next.err.contains("similarity index starts empty"), "{}", next.err);
+    place.snapfs("gc store --exact").ok();
+    place.snapfs("check store --read-data").ok();
+}
+
+#[test]
+fn a_full_medium_is_exit_code_6_and_gc_makes_room() {
+    const NAME: &str = "cli::a_full_medium_is_exit_code_6_and_gc_makes_room";
+    need_loop!(NAME);
+    need_tools!(NAME, "mke2fs", "mount");
+    let place = Place::without_store();
+    let _disk = Disk::mount(&place, "disk", 48 * MIB);
+    place.snapfs("init disk/store").ok();
+    place.write("a.img", &noise(1, 16 * MIB));
+    place.write("b.img", &noise(2, 40 * MIB));
+    place.snapfs("backup disk/store web01/a.img a.img").ok();
+    place.snapfs("backup disk/store web01/b.img b.img").fails(6, "o space");
+    let names = place.snapfs("list disk/store --json").ok().text();
+    assert!(names.contains("web01/a.img") && !names.contains("web01/b.img"), "{names}");
+    place.snapfs("check disk/store --read-data").ok();
+    // Others take the last byte.
+    place.shell("cat /dev/zero > disk/filler 2>/dev/null; sync; true");
+    same(&place.snapfs("restore disk/store web01/a.img -").ok().out, &place.read("a.img"), "a full disk");
+    place.snapfs("forget disk/store web01/a.img").ok();
+    let freed = place.snapfs("gc disk/store --json").ok().json();
+    assert!(freed["vms"][0]["bytes_reclaimed"].as_u64().unwrap() > 15 << 20, "{freed}");
+    place.write("c.img", &noise(3, 8 * MIB));
+    place.snapfs("backup disk/store web01/c.img c.img").ok();
+    place.snapfs("check disk/store --read-data").ok();
+}
+
+#[test]
+fn a_read_only_store_can_be_read() {
+    const NAME: &str = "cli::a_read_only_store_can_be_read";
+    need_loop!(NAME);
+    need_tools!(NAME, "mke2fs", "mount");
+    let place = Place::without_store();
+    let disk = Disk::mount(&place, "disk", 32 * MIB);
+    place.snapfs("init disk/store").ok();
+    place.write("a.img", &image(1, 4));
+    place.snapfs("backup disk/store web01/a.img a.img").ok();
+    disk.remount("ro");
+    for words in ["list disk/store", "show disk/store web01/latest", "stats disk/store", "check disk/store --read-data"]
+    {
+        place.snapfs(words).ok();
+    }
+    same(&place.snapfs("restore disk/store web01/a.img -").ok().out, &place.read("a.img"), "a read-only store");
+    place.snapfs("backup disk/store web01/b.img a.img").fails(1, "ead-only");
+    place.snapfs("forget disk/store web01/a.img").fails(1, "ead-only");
+    disk.remount("rw");
+    place.snapfs("backup disk/store web01/b.img a.img").ok();
+}
+
+#[test]
+fn the_store_is_nobody_elses_business() {
+    let place = Place::new();
+    assert_eq!(place.mode("store"), 0o700);
+    assert!(Path::new(&place.path("store/snapfs.toml")).is_file());
+    std::fs::create_dir(place.path("full")).unwrap();
+    place.write("full/file", b"");
+    place.snapfs("init full").fails(1, "not empty");
+    assert_eq!(place.read("full/file"), b"");
+    place.snapfs("list full").fails(3, "full");
+}

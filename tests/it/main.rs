@@ -9,5 +9,7 @@
 
 mod backend_suite;
 mod cost;
+mod format;
+mod fuzz;
 mod model;
 mod world;

@@ -34,6 +34,11 @@ pub enum ObjectKind {
     Checkpoint = 5,
 }
 
+impl ObjectKind {
+    /// Every kind that there is in this version.
+    pub const ALL: [Self; 4] = [Self::Record, Self::Root, Self::Pack, Self::Config];
+}
+
 /// The 16 bytes that magic, kind, version and features take at the start of every object.
 pub fn preamble(kind: ObjectKind) -> [u8; 16] {
     let mut out = [0; 16];
@@ -45,19 +50,24 @@ pub fn preamble(kind: ObjectKind) -> [u8; 16] {
 /// Checks kind, version and features of a preamble whose checksum was found right.
 ///
 /// # Errors
-/// `Corrupt` for another magic or kind, `Unsupported` (with the name of what is unknown) for a newer object.
+/// `Corrupt` for another magic or another of our kinds, `Unsupported` (with the name of what is unknown) for an object
+/// of another version, kind or feature.
 pub fn check_preamble(bytes: &[u8; 16], kind: ObjectKind) -> Result<()> {
     let mut reader = Reader::new(bytes);
     if reader.array::<8>()? != MAGIC {
         return Err(corrupt("no snapfs object: wrong magic"));
     }
     let found = u16::take(&mut reader)?;
-    if found != kind as u16 {
-        return Err(corrupt(format!("object of another kind, kind={found}, wanted={}", kind as u16)));
-    }
     let version = u16::take(&mut reader)?;
+    // First the version: what another version calls its kinds is not known here.
     if version != VERSION {
         return Err(unsupported(format!("format version {version} is not known here, this program reads {VERSION}")));
+    }
+    if !ObjectKind::ALL.iter().any(|k| *k as u16 == found) {
+        return Err(unsupported(format!("unknown kind of object, kind={found}")));
+    }
+    if found != kind as u16 {
+        return Err(corrupt(format!("object of another kind, kind={found}, wanted={}", kind as u16)));
     }
     let unknown = u32::take(&mut reader)? & !FEATURES_KNOWN;
     if unknown != 0 {
@@ -122,7 +132,7 @@ mod tests {
 
     #[test]
     fn what_is_newer_is_refused_by_name() {
-        for (at, value, name) in [(10, 2u8, "version 2"), (13, 4, "bits=0x400")] {
+        for (at, value, name) in [(10, 2u8, "version 2"), (13, 4, "bits=0x400"), (8, 9, "kind=9")] {
             let mut newer = preamble(ObjectKind::Root);
             newer[at] = value;
             let checksum = short(b"snapfs object", &[&newer, &0u64.to_le_bytes(), b""]);

@@ -7,6 +7,8 @@ pub mod cli;
 
 pub mod fuse;
 
+pub mod fuzz;
+
 pub mod fs;
 
 pub mod ingest;

@@ -266,6 +266,14 @@ impl GroupPage {
 fn put_bitmap(bitmap: &RoaringTreemap, out: &mut Vec<u8>) {
     let at = out.len();
     out.extend_from_slice(&[0; 4]);
+    // How the set came about must not show: each container has its shortest form, runs only where they are shorter.
+    let without_runs = bitmap.bitmaps().filter(|(_, part)| !part.is_empty()).map(|(key, part)| {
+        let mut part = part.clone();
+        part.remove_run_compression();
+        (key, part)
+    });
+    let mut bitmap = RoaringTreemap::from_bitmaps(without_runs);
+    bitmap.optimize();
     // Writing into a vector cannot fail; should it, the empty bitmap that remains is found by `check`.
     let written = bitmap.serialize_into(&mut *out).map(|()| out.len() - at - 4).unwrap_or(0);
     if let Some(length) = out.get_mut(at..at + 4) {
@@ -278,6 +286,10 @@ fn take_bitmap(reader: &mut Reader<'_>) -> Result<RoaringTreemap> {
     let bytes = reader.bytes(count)?;
     let bitmap = RoaringTreemap::deserialize_from(Cursor::new(bytes))
         .map_err(|e| corrupt("group page: bitmap").because(e))?;
+    // Also keeps the memory in bounds that a few bytes of runs would take below.
+    if bitmap.len() > (GROUP_SEGMENTS * SEGMENT_BLOCKS) as u64 {
+        return Err(corrupt(format!("group page: more slots than blocks, slots={}", bitmap.len())));
+    }
     let mut again = Vec::with_capacity(count);
     put_bitmap(&bitmap, &mut again);
     if again.get(4..) == Some(bytes) { Ok(bitmap) } else { Err(corrupt("group page: bitmap in another form")) }
@@ -401,11 +413,14 @@ impl RootPage {
     pub fn decode_body(bytes: &[u8]) -> Result<Self> {
         let root: Self = decode(bytes).map_err(|e| e.within("root page"))?;
         let grid = Grid::from_lead(root.lead)?;
+        if root.image_bytes > IMAGE_BYTES_MAX {
+            return Err(corrupt(format!("root page: image over the limit, size={}", root.image_bytes)));
+        }
         let groups = grid.segments(root.image_bytes).div_ceil(GROUP_SEGMENTS as u32);
         let ordered = root.groups.windows(2).all(|g| matches!(g, [a, b] if a.group < b.group));
         let blocks: u64 = root.groups.iter().map(|g| u64::from(g.data_blocks)).sum();
         let fits = ordered && blocks == root.data_blocks && root.groups.last().is_none_or(|g| g.group < groups);
-        if root.image_bytes > IMAGE_BYTES_MAX || !fits {
+        if !fits {
             return Err(corrupt(format!("root page: {} groups, size {}", root.groups.len(), root.image_bytes)));
         }
         Ok(root)

@@ -53,6 +53,44 @@ wire_struct! {
 }
 
 impl StoreConfig {
+    /// The text of `snapfs.toml`.
+    ///
+    /// # Errors
+    /// `Corrupt` for a time that the text cannot hold.
+    pub fn to_text(&self) -> Result<String> {
+        let text = toml::to_string(self).map_err(|e| corrupt(FILE_NAME).because(e))?;
+        Ok(format!("# A snapfs store. Written once by `snapfs init`; do not edit.\n{text}"))
+    }
+
+    /// Reads the text of `snapfs.toml` and checks all that can be checked without other objects.
+    ///
+    /// # Errors
+    /// `Corrupt`, `Unsupported`.
+    pub fn parse(bytes: &[u8]) -> Result<Self> {
+        let text = std::str::from_utf8(bytes).map_err(|e| corrupt("is no text").because(e))?;
+        let table: toml::Table = text.parse().map_err(|e: toml::de::Error| corrupt(one_line(&e)))?;
+        // The version is looked at first: a newer one may have other fields.
+        match table.get("format").and_then(toml::Value::as_integer) {
+            Some(version) if version == i64::from(VERSION) => {}
+            Some(version) => {
+                let newer = format!("format {version} is not known here, this program reads {VERSION}");
+                return Err(unsupported(newer));
+            }
+            None => return Err(corrupt("has no format version")),
+        }
+        let config: Self = table.try_into().map_err(|e: toml::de::Error| corrupt(one_line(&e)))?;
+        if config.checksum != config.checksum_of() {
+            return Err(corrupt("checksum does not match: the file was changed"));
+        }
+        if let Some(feature) = config.features.first() {
+            return Err(unsupported(format!("unknown incompatible feature {feature:?}")));
+        }
+        if (config.block_bytes, config.segment_bytes) != (BLOCK_BYTES as u64, SEGMENT_BYTES as u64) {
+            return Err(unsupported(format!("blocks of {} bytes", config.block_bytes)));
+        }
+        Ok(config)
+    }
+
     fn checksum_of(&self) -> String {
         let parts = [
             self.format.to_string(),
@@ -120,9 +158,7 @@ pub fn write_new(backend: &dyn Backend, clock: &dyn Clock) -> Result<()> {
     config.checksum = config.checksum_of();
     let record = ConfigRecord { store: config.store.clone(), time: clock.now() };
     backend.put_new(&record_key(1), &envelop(ObjectKind::Config, &encode(&record)))?;
-    let text = toml::to_string(&config).map_err(|e| corrupt(FILE_NAME).because(e))?;
-    let text = format!("# A snapfs store. Written once by `snapfs init`; do not edit.\n{text}");
-    backend.put_new(&Key::new(FILE_NAME), text.as_bytes())
+    backend.put_new(&Key::new(FILE_NAME), config.to_text()?.as_bytes())
 }
 
 /// Reads and checks the configuration.
@@ -135,27 +171,7 @@ pub fn read(backend: &dyn Backend) -> Result<StoreConfig> {
         ErrorKind::NotFound => not_found(format!("no snapfs store: {FILE_NAME} is missing")),
         _ => about(e),
     })?;
-    let text = std::str::from_utf8(&bytes).map_err(|e| about(corrupt("is no text").because(e)))?;
-    let table: toml::Table = text.parse().map_err(|e: toml::de::Error| about(corrupt(one_line(&e))))?;
-    // The version is looked at first: a newer one may have other fields.
-    match table.get("format").and_then(toml::Value::as_integer) {
-        Some(version) if version == i64::from(VERSION) => {}
-        Some(version) => {
-            let newer = format!("format {version} is not known here, this program reads {VERSION}");
-            return Err(about(unsupported(newer)));
-        }
-        None => return Err(about(corrupt("has no format version"))),
-    }
-    let config: StoreConfig = table.try_into().map_err(|e: toml::de::Error| about(corrupt(one_line(&e))))?;
-    if config.checksum != config.checksum_of() {
-        return Err(about(corrupt("checksum does not match: the file was changed")));
-    }
-    if let Some(feature) = config.features.first() {
-        return Err(about(unsupported(format!("unknown incompatible feature {feature:?}"))));
-    }
-    if (config.block_bytes, config.segment_bytes) != (BLOCK_BYTES as u64, SEGMENT_BYTES as u64) {
-        return Err(about(unsupported(format!("blocks of {} bytes", config.block_bytes))));
-    }
+    let config = StoreConfig::parse(&bytes).map_err(about)?;
     check_records(backend, &config)?;
     Ok(config)
 }

@@ -11,6 +11,8 @@ mod backend_suite;
 mod cli;
 mod cost;
 mod docs;
+mod format;
+mod fuzz;
 mod manual;
 mod model;
 mod mount;

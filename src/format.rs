@@ -36,7 +36,7 @@ pub enum ObjectKind {
 
 impl ObjectKind {
     /// Every kind that there is in this version.
-    pub const ALL: [Self; 4] = [Self::Record, Self::Root, Self::Pack, Self::Config];
+    pub const ALL: [Self; 5] = [Self::Record, Self::Root, Self::Pack, Self::Config, Self::Checkpoint];
 }
 
 /// The 16 bytes that magic, kind, version and features take at the start of every object.

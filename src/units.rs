@@ -18,7 +18,7 @@ impl RecordNumber {
     /// The number after this one.
     ///
     /// # Errors
-    /// `Corrupt` after 2^32 records, which a VM reaches after 100 000 years of a record every second... or by damage.
+    /// `Corrupt` after 2^32 records: 136 years of one a second, or damage.
     pub fn next(self) -> Result<Self> {
         self.0.checked_add(1).map(Self).ok_or_else(|| corrupt("log: record numbers are used up"))
     }

@@ -7,6 +7,9 @@ use crate::clock::Timestamp;
 use crate::error::{Result, corrupt};
 use crate::units::{Generation, Incarnation, ObjectId, RecordNumber, Serial};
 
+/// Elements of a list take at most this many times the bytes of their stored form, but for short lists.
+const EXPANSION_MAX: usize = 16;
+
 /// Reads a structure from bytes, front to back.
 #[derive(Debug)]
 pub struct Reader<'a> {
@@ -195,7 +198,9 @@ impl<T: Wire> Wire for Vec<T> {
     fn take(reader: &mut Reader<'_>) -> Result<Self> {
         let count = u32::take(reader)? as usize;
         // Every element takes a byte at least, so the input's own length bounds what is set aside.
-        if count > reader.remaining() {
+        let fits = count <= reader.remaining()
+            && count.saturating_mul(size_of::<T>()) <= reader.remaining().saturating_mul(EXPANSION_MAX) + 4096;
+        if !fits {
             return Err(corrupt(format!("list of {count} in {} bytes", reader.remaining())));
         }
         let mut values = Self::new();

@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::catalog::record::{Attributes, Changes, Commit, Dead, Op, PackEntry, Record, Target};
 use crate::clock::Timestamp;
-use crate::error::{Result, corrupt, not_found};
+use crate::error::{Error, ErrorKind, Result, corrupt, not_found};
 use crate::limits::FILES_PER_VM_MAX;
+use crate::name::{DiskName, FileName};
 use crate::units::{FileId, Incarnation, ObjectId, PackNumber, RecordNumber, RootId};
 use crate::wire::{Reader, Wire, wire_struct};
 
@@ -147,6 +148,9 @@ impl VmState {
             return Err(corrupt(format!("log: record {} after {}", record.number.0, self.number.0)));
         }
         if first {
+            if !matches!(record.ops.first(), Some(Op::Create { .. })) {
+                return Err(corrupt("log: record 1 does not create the VM"));
+            }
             self.incarnation = record.incarnation;
         } else if self.incarnation != record.incarnation {
             return Err(corrupt(format!("log: record {} is of another VM", record.number.0)));
@@ -188,6 +192,7 @@ impl VmState {
                 });
             }
             Op::MakeDisk { name, attributes } => {
+                DiskName::new(name).map_err(illegal)?;
                 self.disks.insert(name.clone(), *attributes);
             }
             Op::RemoveDisk { name } => {
@@ -199,6 +204,7 @@ impl VmState {
                 self.file_mut(*file)?.sealed = Some(record.number);
             }
             Op::Rename { file, disk, name, replaced } => {
+                FileName::new(name).map_err(illegal)?;
                 if let Some(replaced) = replaced {
                     self.forget(*replaced, record.time)?;
                 }
@@ -249,6 +255,7 @@ impl VmState {
     }
 
     fn commit(&mut self, record: &Record, commit: &Commit) -> Result<()> {
+        FileName::new(&commit.name).map_err(illegal)?;
         for pack in &commit.packs {
             if self.packs.insert(pack.number, *pack).is_some() {
                 return Err(corrupt(format!("brings pack {} a second time", pack.number)));
@@ -329,6 +336,11 @@ impl VmState {
     pub fn objects(&self) -> BTreeMap<ObjectId, u64> {
         self.packs.values().map(|p| (p.object, p.object_bytes)).collect()
     }
+}
+
+/// A name that no writer would have let in: it would go straight into the mount.
+fn illegal(error: Error) -> Error {
+    error.as_kind(ErrorKind::Corrupt)
 }
 
 impl Wire for VmState {

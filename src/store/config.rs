@@ -113,6 +113,12 @@ fn record_key(number: u32) -> Key {
     Key::new(format!("config/{number:010}"))
 }
 
+/// The number that a file name in `config/` stands for, in the one spelling that the writer uses.
+fn record_number(name: &str) -> Option<u32> {
+    let number = name.parse().ok()?;
+    (format!("{number:010}") == name).then_some(number)
+}
+
 /// Makes the folder of a new store, 0700; one that is there must be empty.
 ///
 /// # Errors
@@ -179,7 +185,7 @@ pub fn read(backend: &dyn Backend) -> Result<StoreConfig> {
 /// The newest record belongs to the same store as the file: else one of them comes from elsewhere.
 fn check_records(backend: &dyn Backend, config: &StoreConfig) -> Result<()> {
     let rows = backend.list(&Key::new("config"))?;
-    let Some(newest) = rows.iter().filter_map(|r| r.name.parse::<u32>().ok()).max() else {
+    let Some(newest) = rows.iter().filter_map(|r| record_number(&r.name)).max() else {
         return Err(corrupt(format!("{FILE_NAME}: config/ has no record")));
     };
     let key = record_key(newest);

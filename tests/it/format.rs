@@ -8,10 +8,12 @@ use std::sync::Arc;
 
 use snapfs::backend::testing::Memory;
 use snapfs::backend::{Backend, Key};
-use snapfs::catalog::record::{Attributes, Changes, Commit, Op, PackEntry, Record, Target};
+use snapfs::catalog::record::{
+    Attributes, Changes, Commit, Op, PackEntry, Record, Target, checkpoint_object, open_checkpoint,
+};
 use snapfs::catalog::roots::{open_root, root_key, root_object};
 use snapfs::catalog::state::VmState;
-use snapfs::catalog::vm::{pack_key, record_key};
+use snapfs::catalog::vm::{checkpoint_key, pack_key, record_key};
 use snapfs::clock::{ManualClock, Timestamp};
 use snapfs::error::{Error, ErrorKind};
 use snapfs::fingerprint::{digest, fingerprint, short};
@@ -205,15 +207,23 @@ fn records() -> Vec<(&'static str, Record)> {
         sealed: true,
         packs: write_packs(&Memory::new()),
     };
-    let mut records = vec![
+    vec![
         ("record-create", record(1, None, Op::Create { attributes: folder() })),
         ("record-begin", record(2, None, Op::Begin { holder, host: "host1".into(), process: 4242, common_epoch: 0 })),
         ("record-commit", record(3, Some(2), Op::Commit { commit: Box::new(commit) })),
-    ];
+    ]
+}
+
+fn state() -> VmState {
     let mut state = VmState::default();
-    records.iter().for_each(|(_, record)| state.apply(record).unwrap());
-    records.push(("record-checkpoint", record(4, None, Op::Checkpoint { state: Box::new(state) })));
-    records
+    records().iter().for_each(|(_, record)| state.apply(record).unwrap());
+    state
+}
+
+#[test]
+fn a_checkpoint_is_the_state_as_written() {
+    same("checkpoint", &checkpoint_object(&state()));
+    assert_eq!(open_checkpoint(&block("checkpoint")).unwrap(), state());
 }
 
 fn store_config() -> StoreConfig {
@@ -294,7 +304,7 @@ fn every_op_is_as_written() {
     }
     tags.sort_unstable();
     // A new op needs an example, too: the first tag without one is not known.
-    assert_eq!(tags, (1..=15).collect::<Vec<u8>>());
+    assert_eq!(tags, (1..=14).collect::<Vec<u8>>());
     assert!(decode::<Op>(&[16]).unwrap_err().to_string().contains("unknown tag"));
 }
 
@@ -366,10 +376,11 @@ fn the_examples_are_a_store() {
     put(&pack_key("web01", first(DATA_PACK)), &block("pack-data"));
     put(&pack_key("web01", first(RECIPE_PACK)), &block("pack-recipes"));
     put(&root_key("web01", ROOT), &block("root-page"));
-    let names = ["record-create", "record-begin", "record-commit", "record-checkpoint"];
+    let names = ["record-create", "record-begin", "record-commit"];
     for (number, name) in (1..).zip(names) {
         put(&record_key("web01", RecordNumber(number)), &block(name));
     }
+    put(&checkpoint_key("web01", RecordNumber(3)), &block("checkpoint"));
     for key in memory.objects().keys() {
         assert!(PAGE.contains(&format!("`{key}`")), "docs/FORMAT.md does not name {key}");
     }
@@ -468,9 +479,10 @@ fn newer_objects_are_refused_by_name() {
             object[24..40].copy_from_slice(&checksum);
             object
         };
-        for name in ["record-create", "record-begin", "record-commit", "record-checkpoint"] {
+        for name in ["record-create", "record-begin", "record-commit"] {
             refused(Record::from_object(&newer(name)), words);
         }
+        refused(open_checkpoint(&newer("checkpoint")), words);
         refused(open_root(&newer("root-page"), INCARNATION, ROOT), words);
         refused(open_envelope(ObjectKind::Config, &newer("config-record")), words);
         for name in ["pack-data", "pack-recipes"] {

@@ -149,6 +149,9 @@ impl Vm {
                 break;
             }
             match self.read_record(number) {
+                Ok(record) if self.is_strange_checkpoint(&record, &known, records.last())? => {
+                    damage = Some(corrupt(format!("{}: checkpoint of another VM", record_key(&self.name, number))));
+                }
                 Ok(record) => {
                     let is_base = record.checkpoint().is_some() || number == RecordNumber(1);
                     records.push(record);
@@ -183,6 +186,28 @@ impl Vm {
         let state = Arc::new(state);
         self.know(state.clone(), damage);
         Ok(state)
+    }
+
+    /// Whether a checkpoint, which brings its own state, is of another VM than the records around it: whoever
+    /// believed it would take all objects of this VM for leaked. Cost: a read when nothing is behind it.
+    fn is_strange_checkpoint(&self, record: &Record, known: &VmState, behind: Option<&Record>) -> Result<bool> {
+        if record.checkpoint().is_none() {
+            return Ok(false);
+        }
+        if known.number != RecordNumber(0) {
+            return Ok(record.incarnation != known.incarnation);
+        }
+        let is_strange_behind = behind.map(|b| b.incarnation != record.incarnation);
+        if is_strange_behind == Some(false) {
+            return Ok(false);
+        }
+        match self.read_record(RecordNumber(record.number.0.saturating_sub(1))) {
+            Ok(before) => Ok(record.incarnation != before.incarnation),
+            Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported | ErrorKind::NotFound) => {
+                Ok(is_strange_behind == Some(true))
+            }
+            Err(e) => Err(e),
+        }
     }
 
     /// Appends one record made from the newest state. `change` may run several times, each time on the state that

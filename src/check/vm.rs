@@ -84,6 +84,9 @@ fn check_log(vm: &Vm, faults: &mut Faults) -> Result<bool> {
         let key = Key::new(format!("{}/{}", log_prefix(vm.name()), row.name));
         let told = vm.backend().read_all(&key, LOG_RECORD_BYTES_MAX).and_then(|bytes| Record::from_object(&bytes));
         match told {
+            Ok(record) if record.incarnation != vm.state().incarnation => {
+                faults.note(Subject::Other(key.to_string()), Severity::Should, "is a record of another VM");
+            }
             Ok(record) if format!("{:010}", record.number.0) == row.name => {}
             // Older records go when a checkpoint is written.
             Err(e) if e.kind() == ErrorKind::NotFound => {}

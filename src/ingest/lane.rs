@@ -500,6 +500,11 @@ impl RecipeLane {
         })
     }
 
+    /// Whether something new may refer to a pack: its object was whole when the writer began.
+    pub fn may_refer_to(&self, pack: PackNumber) -> bool {
+        !self.session.is_absent(pack)
+    }
+
     /// Writes the frame that is being filled: all places have hints now.
     ///
     /// # Errors

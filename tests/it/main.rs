@@ -9,5 +9,10 @@
 
 mod backend_suite;
 mod cost;
+mod crash;
+mod damage;
+mod dedup;
+mod fence;
+mod invariants;
 mod model;
 mod world;

@@ -71,8 +71,8 @@ impl MountedStore {
     /// Seals what is due, lets go of what is idle. Called every half second or so by the mount's own thread.
     pub fn tick(&self) {
         if !self.options.read_only {
-            if !self.is_scanned.swap(true, Ordering::Relaxed) {
-                self.find_candidates();
+            if !self.is_scanned.load(Ordering::Relaxed) && self.find_candidates() {
+                self.is_scanned.store(true, Ordering::Relaxed);
             }
             self.seal_due(false);
         }
@@ -104,18 +104,28 @@ impl MountedStore {
         }
     }
 
-    /// Drafts that were closed before the daemon ended get their grace time now.
-    fn find_candidates(&self) {
-        let Ok(names) = self.store.vm_names() else { return };
+    /// Drafts that were closed before the daemon ended get their grace time now. `false` when a VM did not answer:
+    /// then it has to be done again.
+    fn find_candidates(&self) -> bool {
+        let Ok(names) = self.store.vm_names() else { return false };
+        let mut is_complete = true;
         for name in names {
-            let Ok((_, state)) = self.vm(name.as_str()) else { continue };
+            let state = match self.vm(name.as_str()) {
+                Ok((_, state)) => state,
+                Err(e) => {
+                    is_complete &= e.kind() != ErrorKind::Unavailable;
+                    continue;
+                }
+            };
             for file in state.files.values().filter(|f| f.sealed.is_none() && f.closed && f.data_blocks > 0) {
                 let key = (name.as_str().to_owned(), file.id);
-                if !lock(&self.open_files).contains_key(&key) {
+                let is_known = lock(&self.candidates).contains_key(&key);
+                if !is_known && !lock(&self.open_files).contains_key(&key) {
                     self.consider(&key, false);
                 }
             }
         }
+        is_complete
     }
 
     fn seal_due(&self, all: bool) {
@@ -129,6 +139,12 @@ impl MountedStore {
                 }
                 // Another process writes the VM: at the next tick.
                 Ok(false) => {}
+                // The medium does not answer or is full, which may pass: not too soon.
+                Err(e) if matches!(e.kind(), ErrorKind::Unavailable | ErrorKind::NoSpace | ErrorKind::Busy) => {
+                    log::warn!("{}: a draft is not sealed yet: {e}", key.0);
+                    let due = now + self.options.seal_after.max(TIDY_EVERY);
+                    lock(&self.candidates).insert(key, Candidate { due });
+                }
                 Err(e) => {
                     if !matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Stale) {
                         log::warn!("{}: a draft is not sealed: {e}", key.0);

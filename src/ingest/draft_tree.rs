@@ -174,7 +174,7 @@ impl DraftTree {
     fn write_page(&mut self, group: u32, lane: &mut RecipeLane) -> Result<()> {
         // Recipes get their hints when their frame is written.
         lane.flush()?;
-        let shared = self.parents_page(group);
+        let shared = self.parents_page(group).filter(|reference| lane.may_refer_to(reference.page.slot.pack()));
         let Some(table) = self.tables.get_mut(&group).filter(|t| t.is_dirty) else { return Ok(()) };
         if let Some(reference) = shared {
             table.is_dirty = false;

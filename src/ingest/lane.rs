@@ -246,17 +246,20 @@ impl Finishing {
     const AT_A_TIME: usize = 2;
 
     fn start(&mut self, pack: Arc<OpenPack>) -> Result<()> {
-        if self.packs.len() >= Self::AT_A_TIME
-            && let Some(oldest) = self.packs.get(self.packs.len() - Self::AT_A_TIME)
-        {
-            oldest.outcome()?;
-        }
+        let oldest = self.packs.len().checked_sub(Self::AT_A_TIME).and_then(|at| self.packs.get(at));
+        let ready = oldest.map_or(Ok(()), |oldest| oldest.outcome().map(drop));
         let worker = pack.clone();
-        std::thread::Builder::new()
-            .name("snapfs-finish".into())
-            .spawn(move || worker.finish())
-            .map_err(|e| Error::io("thread", e))?;
-        self.packs.push(pack);
+        let started = ready.and_then(|()| {
+            let thread = std::thread::Builder::new().name("snapfs-finish".into());
+            thread.spawn(move || worker.finish()).map_err(|e| Error::io("thread", e))
+        });
+        match started {
+            Ok(_) => self.packs.push(pack),
+            Err(e) => {
+                give_up(Some(pack));
+                return Err(e);
+            }
+        }
         Ok(())
     }
 
@@ -264,8 +267,9 @@ impl Finishing {
     fn abandoned(&mut self) -> Vec<PackEntry> {
         let packs = std::mem::take(&mut self.packs);
         let entry = |pack: Arc<OpenPack>| {
-            let done = pack.outcome().ok()?;
+            let outcome = pack.outcome();
             pack.packs.hide(pack.number);
+            let done = outcome.ok()?;
             pack_entry(pack.number, pack.content, &done, pack.object()).ok()
         };
         packs.into_iter().filter_map(entry).collect()
@@ -274,11 +278,20 @@ impl Finishing {
     /// Waits for all; their log entries.
     fn entries(&mut self) -> Result<Vec<PackEntry>> {
         let mut entries = Vec::new();
-        for pack in self.packs.drain(..) {
+        for pack in &self.packs {
             let done = pack.outcome()?;
             entries.push(pack_entry(pack.number, pack.content, &done, pack.object())?);
         }
+        // Not before all are there: what is given up must know every one of them.
+        self.packs.clear();
         Ok(entries)
+    }
+}
+
+impl Drop for Finishing {
+    /// A pack and the readers' view of it hold each other: left so, neither would ever go.
+    fn drop(&mut self) {
+        self.packs.iter().for_each(|pack| pack.packs.hide(pack.number));
     }
 }
 
@@ -293,6 +306,12 @@ pub struct DataLane {
     bytes_bound: u64,
     bytes_stored: u64,
     finishing: Finishing,
+}
+
+impl Drop for DataLane {
+    fn drop(&mut self) {
+        give_up(self.open.take());
+    }
 }
 
 impl DataLane {
@@ -370,7 +389,7 @@ impl DataLane {
     /// Ends the open pack: its last frame may be short. It becomes durable in the background.
     fn close_pack(&mut self) -> Result<()> {
         self.flush_full_frames()?;
-        let Some(pack) = self.open.take() else { return Ok(()) };
+        let Some(pack) = self.open.clone() else { return Ok(()) };
         if !self.filling.is_empty() {
             let first = lock(&pack.inner).prints.len() - self.filling.len() / BLOCK_BYTES;
             let frame = pack_blocks(first as u16, &std::mem::take(&mut self.filling));
@@ -378,6 +397,7 @@ impl DataLane {
             pack.append(frame)?;
         }
         self.bytes_bound = 0;
+        self.open = None;
         self.finishing.start(pack)
     }
 
@@ -392,15 +412,20 @@ impl DataLane {
 
     /// Gives up what is not durable yet; entries of what became objects, for deletion.
     pub fn abandon(&mut self) -> Vec<PackEntry> {
-        if let Some(pack) = self.open.take() {
-            pack.packs.hide(pack.number);
-        }
+        give_up(self.open.take());
         self.finishing.abandoned()
     }
 
     /// Bytes of frames appended since the lane was made.
     pub fn bytes_stored(&self) -> u64 {
         self.bytes_stored
+    }
+}
+
+/// Nobody sees a pack that is given up: its upload ends with it.
+fn give_up(open: Option<Arc<OpenPack>>) {
+    if let Some(pack) = open {
+        pack.packs.hide(pack.number);
     }
 }
 
@@ -420,6 +445,12 @@ pub struct RecipeLane {
     finishing: Finishing,
     // Frames of the packs of this lane: where each run of slots is.
     frames: BTreeMap<SlotId, (u32, u32, u32)>,
+}
+
+impl Drop for RecipeLane {
+    fn drop(&mut self) {
+        give_up(self.open.take());
+    }
 }
 
 impl RecipeLane {
@@ -470,6 +501,11 @@ impl RecipeLane {
             frame_bytes: 0,
             check,
         })
+    }
+
+    /// Whether something new may refer to a pack: its object was whole when the writer began.
+    pub fn may_refer_to(&self, pack: PackNumber) -> bool {
+        !self.session.is_absent(pack)
     }
 
     /// Writes the frame that is being filled: all places have hints now.
@@ -528,9 +564,7 @@ impl RecipeLane {
 
     /// Gives up what is not durable yet; entries of what became objects, for deletion.
     pub fn abandon(&mut self) -> Vec<PackEntry> {
-        if let Some(pack) = self.open.take() {
-            pack.packs.hide(pack.number);
-        }
+        give_up(self.open.take());
         self.finishing.abandoned()
     }
 }

@@ -10,9 +10,14 @@
 mod backend_suite;
 mod cli;
 mod cost;
+mod crash;
+mod damage;
+mod dedup;
 mod docs;
+mod fence;
 mod format;
 mod fuzz;
+mod invariants;
 mod manual;
 mod model;
 mod mount;

@@ -284,8 +284,8 @@ fn put_bitmap(bitmap: &RoaringTreemap, out: &mut Vec<u8>) {
 fn take_bitmap(reader: &mut Reader<'_>) -> Result<RoaringTreemap> {
     let count = u32::take(reader)? as usize;
     let bytes = reader.bytes(count)?;
-    let bitmap = RoaringTreemap::deserialize_from(Cursor::new(bytes))
-        .map_err(|e| corrupt("group page: bitmap").because(e))?;
+    let bitmap =
+        RoaringTreemap::deserialize_from(Cursor::new(bytes)).map_err(|e| corrupt("group page: bitmap").because(e))?;
     // Also keeps the memory in bounds that a few bytes of runs would take below.
     if bitmap.len() > (GROUP_SEGMENTS * SEGMENT_BLOCKS) as u64 {
         return Err(corrupt(format!("group page: more slots than blocks, slots={}", bitmap.len())));

@@ -139,7 +139,12 @@ impl SimilarityIndex {
         let mut index = Self::empty(folder);
         let outcome = guarded(|| index.load());
         if let Err(error) = outcome {
-            log::warn!("similarity index starts empty, folder={}: {error}", folder.display());
+            if folder.join(MANIFEST).exists() {
+                log::warn!("similarity index starts empty, folder={}: {error}", folder.display());
+            } else {
+                // Its last writer was killed: nothing is damaged, and it is built anew.
+                log::info!("similarity index was not closed and starts empty, folder={}", folder.display());
+            }
             index = Self::empty(folder);
             if let Err(error) = guarded(|| index.start_anew()) {
                 log::warn!("similarity index works in memory only, folder={}: {error}", folder.display());

@@ -115,10 +115,7 @@ impl VmState {
 
     /// The newest sealed snapshot of a folder: what `latest` leads to, and the parent of the next one.
     pub fn latest(&self, disk: Option<&str>) -> Option<&FileEntry> {
-        self.files
-            .values()
-            .filter(|f| f.disk.as_deref() == disk && f.sealed.is_some())
-            .max_by_key(|f| (f.sealed, f.id))
+        self.files.values().filter(|f| f.disk.as_deref() == disk && f.sealed.is_some()).max_by_key(|f| (f.sealed, f.id))
     }
 
     /// The file of this number.
@@ -184,12 +181,8 @@ impl VmState {
                 self.attributes = None;
             }
             Op::Begin { holder, host, process, .. } => {
-                self.session = Some(Session {
-                    begin: record.number,
-                    holder: *holder,
-                    host: host.clone(),
-                    process: *process,
-                });
+                self.session =
+                    Some(Session { begin: record.number, holder: *holder, host: host.clone(), process: *process });
             }
             Op::MakeDisk { name, attributes } => {
                 DiskName::new(name).map_err(illegal)?;

@@ -159,11 +159,7 @@ impl Vm {
         let key = record_key(&self.name, number);
         let bytes = self.backend.read_all(&key, LOG_RECORD_BYTES_MAX)?;
         let record = Record::from_object(&bytes).map_err(|e| e.within(&key))?;
-        if record.number == number {
-            Ok(record)
-        } else {
-            Err(corrupt(format!("{key}: is record {}", record.number.0)))
-        }
+        if record.number == number { Ok(record) } else { Err(corrupt(format!("{key}: is record {}", record.number.0))) }
     }
 
     fn read_checkpoint(&self, number: RecordNumber) -> Result<VmState> {

@@ -85,18 +85,23 @@ fn check_log(vm: &Vm, faults: &mut Faults) -> Result<bool> {
         let key = Key::new(format!("{}/{}", log_prefix(vm.name()), row.name));
         let Some(entry) = parse_log_name(&row.name) else { continue };
         let told = vm.backend().read_all(&key, LOG_RECORD_BYTES_MAX).and_then(|bytes| match entry {
-            LogEntry::Record(number) => Record::from_object(&bytes).map(|record| (record.number, number)),
-            LogEntry::Checkpoint(number) => open_checkpoint(&bytes).map(|state| (state.number, number)),
+            LogEntry::Record(number) => {
+                Record::from_object(&bytes).map(|record| (record.number, record.incarnation, number))
+            }
+            LogEntry::Checkpoint(number) => {
+                open_checkpoint(&bytes).map(|state| (state.number, state.incarnation, number))
+            }
         });
+        // The log could be read: nothing is lost by what is found here, but one more such and it could not.
         match told {
-            Ok((told, named)) if told == named => {}
+            Ok((told, incarnation, named)) if told == named && incarnation == vm.state().incarnation => {}
             // Older entries go when a checkpoint is written.
             Err(e) if e.kind() == ErrorKind::NotFound => {}
-            Ok((told, _)) => {
-                faults.note(Subject::Other(key.to_string()), Severity::Must, format!("is of record {}", told.0));
+            Ok((told, _, _)) => {
+                let what = format!("is of record {} or of another VM", told.0);
+                faults.note(Subject::Other(key.to_string()), Severity::Should, what);
             }
-            // Nothing is lost, because the log could be read; but one more such and it could not.
-            Err(e) => faults.note(Subject::Other(key.to_string()), Severity::Must, e.to_string()),
+            Err(e) => faults.note(Subject::Other(key.to_string()), Severity::Should, e.to_string()),
         }
     }
     Ok(true)

@@ -208,8 +208,16 @@ mod tests {
         held.add(page(1, 10, 100..104));
         held.add(page(7 << 16, 0, 200..202));
         let popular = PopularIndex::new(vec![(print(300), slot(9, 9))]);
-        let prints =
-            [None, Some(print(1)), Some(print(101)), Some(print(102)), Some(print(200)), Some(print(300)), Some(print(5)), Some(print(5))];
+        let prints = [
+            None,
+            Some(print(1)),
+            Some(print(101)),
+            Some(print(102)),
+            Some(print(200)),
+            Some(print(300)),
+            Some(print(5)),
+            Some(print(5)),
+        ];
         let same = [None, Some((slot(3, 3), print(1))), Some((slot(3, 4), print(9)))];
         let plan = plan(&prints, &same, &held, &popular, RecordNumber(7));
         let at = |pack, number| Origin::Held(slot(pack, number));

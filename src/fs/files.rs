@@ -94,7 +94,10 @@ impl MountedStore {
 
     /// The one session of this process for a VM: all its drafts share it.
     fn session(&self, vm: &Arc<Vm>) -> Result<Arc<Session>> {
-        let slot = lock(&self.sessions).entry(vm.name().to_owned()).or_insert_with(|| Arc::new(Mutex::new(Weak::new()))).clone();
+        let slot = lock(&self.sessions)
+            .entry(vm.name().to_owned())
+            .or_insert_with(|| Arc::new(Mutex::new(Weak::new())))
+            .clone();
         // Held while a session begins: two openers share what one of them begins.
         let mut weak = slot.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(session) = weak.upgrade() {

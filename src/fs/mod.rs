@@ -21,9 +21,7 @@ use crate::error::{Error, ErrorKind, Result, invalid, not_found};
 use crate::fs::files::OpenFile;
 use crate::fs::nodes::{Node, Nodes};
 use crate::fs::seal::Candidate;
-use crate::fs::types::{
-    Attributes, Caller, Entry, Handle, Ino, Kind, Opened, Options, ROOT, SetAttributes, Space,
-};
+use crate::fs::types::{Attributes, Caller, Entry, Handle, Ino, Kind, Opened, Options, ROOT, SetAttributes, Space};
 use crate::ingest::budget::Budget;
 use crate::limits::BLOCK_BYTES;
 use crate::name::{CONTROL_FOLDER, DiskName, FileName, LATEST, VmName};
@@ -471,8 +469,7 @@ impl MountedStore {
                 return Err(exists());
             }
             let replaced = target.map(|t| t.id);
-            let rename =
-                Op::Rename { file: id, disk: new_disk.clone(), name: new_name.to_owned(), replaced };
+            let rename = Op::Rename { file: id, disk: new_disk.clone(), name: new_name.to_owned(), replaced };
             let mut ops = vec![rename];
             let seals = may_seal && file.sealed.is_none() && file.data_blocks > 0;
             if seals {

@@ -14,6 +14,9 @@ use crate::fs::{FileKey, MountedStore, lock};
 use crate::name::{FileName, VmName};
 use crate::store::lock_key;
 
+/// A seal that failed is tried again no sooner than this.
+const TRY_AGAIN_AFTER: Duration = Duration::from_secs(2);
+
 /// A draft with this many commits has its small packs merged when it is sealed: as many as collection merges.
 const COMMITS_TO_MERGE: u32 = 8;
 
@@ -142,7 +145,7 @@ impl MountedStore {
                 // The medium does not answer or is full, which may pass: not too soon.
                 Err(e) if matches!(e.kind(), ErrorKind::Unavailable | ErrorKind::NoSpace | ErrorKind::Busy) => {
                     log::warn!("{}: a draft is not sealed yet: {e}", key.0);
-                    let due = now + self.options.seal_after.max(TIDY_EVERY);
+                    let due = now + self.options.seal_after.max(TRY_AGAIN_AFTER);
                     lock(&self.candidates).insert(key, Candidate { due });
                 }
                 Err(e) => {

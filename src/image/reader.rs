@@ -129,9 +129,14 @@ impl Image {
     /// # Errors
     /// `Corrupt`, `Unavailable`.
     pub fn seek_data(&self, offset: u64) -> Result<Option<u64>> {
-        seek(self.grid(), self.bytes(), offset, true, |group| Ok(self.tree.root().group(group).is_some()), |s| {
-            self.tree.recipe(s)
-        })
+        seek(
+            self.grid(),
+            self.bytes(),
+            offset,
+            true,
+            |group| Ok(self.tree.root().group(group).is_some()),
+            |s| self.tree.recipe(s),
+        )
     }
 
     /// The next hole at or after `offset` as SEEK_HOLE has it: the end of the image is one.
@@ -180,7 +185,13 @@ fn fill(out: &mut [u8], from: usize, to: usize) {
 }
 
 /// Reads bytes `from..to` of an extent.
-fn read_extent(packs: &Packs, extent: &crate::recipe::Extent, from: usize, to: usize, out: Option<&mut [u8]>) -> Result<()> {
+fn read_extent(
+    packs: &Packs,
+    extent: &crate::recipe::Extent,
+    from: usize,
+    to: usize,
+    out: Option<&mut [u8]>,
+) -> Result<()> {
     let Some(mut out) = out else { return Err(corrupt("extent outside of its segment")) };
     let mut at = from;
     let slot = |block: usize| {

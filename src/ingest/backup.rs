@@ -298,11 +298,7 @@ impl Work<'_> {
     }
 
     /// Runs `read` in a thread of its own and works on what it sends. Returns what `read` returns.
-    fn pump<T: Send>(
-        &mut self,
-        total: Option<u64>,
-        read: impl FnOnce(&mut Batcher) -> Result<T> + Send,
-    ) -> Result<T> {
+    fn pump<T: Send>(&mut self, total: Option<u64>, read: impl FnOnce(&mut Batcher) -> Result<T> + Send) -> Result<T> {
         let buffers = self.buffers.clone();
         std::thread::scope(|scope| {
             let (send, receive) = sync_channel::<Batch>(BATCHES_AHEAD);
@@ -358,13 +354,7 @@ impl Batcher {
     }
 }
 
-fn read_file(
-    source: &Source,
-    grid: Grid,
-    bytes: u64,
-    unread: Option<&Unread>,
-    batcher: &mut Batcher,
-) -> Result<()> {
+fn read_file(source: &Source, grid: Grid, bytes: u64, unread: Option<&Unread>, batcher: &mut Batcher) -> Result<()> {
     let mut at = 0;
     while let Some((start, end)) = source.next_data(at)? {
         let first = SegmentIndex::holding(grid.offset(start.max(at)));

@@ -723,6 +723,13 @@ impl Draft {
                 break;
             }
             let place = from.place(segment)?;
+            let recipe = from.recipe(segment)?;
+            let absent = |slot: SlotId| self.around.session.is_absent(slot.pack());
+            let leans_on_absent = place.is_some_and(|p| absent(p.slot))
+                || recipe.iter().flat_map(|r| &r.extents).any(|e| absent(e.first_slot));
+            if leans_on_absent {
+                break;
+            }
             inner.tree.set(segment, place)?;
             at = stop;
         }

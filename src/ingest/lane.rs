@@ -12,8 +12,8 @@ use crate::catalog::vm::pack_key;
 use crate::error::{Error, Result, corrupt};
 use crate::fingerprint::{Fingerprint, fingerprint};
 use crate::limits::{
-    BLOCK_BYTES, FRAME_BLOCKS, FRAME_SLOTS_MAX, PACK_BYTES_MAX, PACK_SLOTS_MAX, RECIPE_FRAME_BYTES,
-    RECIPE_ZSTD_LEVEL, SLOT_PAGE_FINGERPRINTS, ZSTD_LEVEL,
+    BLOCK_BYTES, FRAME_BLOCKS, FRAME_SLOTS_MAX, PACK_BYTES_MAX, PACK_SLOTS_MAX, RECIPE_FRAME_BYTES, RECIPE_ZSTD_LEVEL,
+    SLOT_PAGE_FINGERPRINTS, ZSTD_LEVEL,
 };
 use crate::pack::Content;
 use crate::pack::frame::{FrameRow, compress, join_slots, slot_range};
@@ -521,7 +521,14 @@ impl RecipeLane {
         let raw = join_slots(&pending);
         let (codec, payload) = compress(&raw, RECIPE_ZSTD_LEVEL);
         let present = if count >= 64 { u64::MAX } else { (1 << count) - 1 };
-        pack.append(PackedFrame { first_slot: first, span: count, present, raw_bytes: raw.len() as u32, codec, payload })?;
+        pack.append(PackedFrame {
+            first_slot: first,
+            span: count,
+            present,
+            raw_bytes: raw.len() as u32,
+            codec,
+            payload,
+        })?;
         let mut inner = lock(&pack.inner);
         // Slots of a recipe frame wait one by one; `append` removed the first.
         inner.raw.clear();

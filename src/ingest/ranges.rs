@@ -28,10 +28,7 @@ impl Ranges {
     /// The written parts of a range.
     pub fn within(&self, range: Range<u32>) -> impl Iterator<Item = Range<u32>> + '_ {
         let clip = range.clone();
-        self.0
-            .iter()
-            .map(move |r| r.start.max(clip.start)..r.end.min(clip.end))
-            .filter(|r| !r.is_empty())
+        self.0.iter().map(move |r| r.start.max(clip.start)..r.end.min(clip.end)).filter(|r| !r.is_empty())
     }
 
     /// The parts of a range that were not written.

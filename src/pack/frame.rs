@@ -96,7 +96,8 @@ impl FrameRow {
             && self.present != 0
             && beyond == 0
             && matches!(self.codec, CODEC_RAW | CODEC_ZSTD)
-            && (self.codec != CODEC_RAW || self.stored_bytes as usize == self.raw_bytes as usize + prefix_bytes(content))
+            && (self.codec != CODEC_RAW
+                || self.stored_bytes as usize == self.raw_bytes as usize + prefix_bytes(content))
             && self.stored_bytes as usize > prefix_bytes(content);
         let sized = match content {
             Content::Data => self.raw_bytes as usize == self.count() as usize * BLOCK_BYTES,
@@ -321,7 +322,10 @@ mod tests {
             checksum: Checksum([0; 16]),
         };
         row.check(Content::Data).unwrap();
-        assert_eq!((row.rank(10), row.rank(11), row.rank(12), row.rank(13), row.rank(14)), (None, Some(0), None, Some(1), None));
+        assert_eq!(
+            (row.rank(10), row.rank(11), row.rank(12), row.rank(13), row.rank(14)),
+            (None, Some(0), None, Some(1), None)
+        );
         assert_eq!(row.slots().collect::<Vec<_>>(), [11, 13]);
         let bytes = crate::wire::encode(&row);
         assert_eq!(bytes.len(), FRAME_ROW_BYTES);

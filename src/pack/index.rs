@@ -205,8 +205,7 @@ impl PackIndex {
             checksum.put(&mut index);
         }
         let frames_bytes: u64 = members.iter().flat_map(|(_, f, _)| f).map(|f| u64::from(f.stored_bytes)).sum();
-        let table_bytes: u64 =
-            members.iter().map(|(_, f, _)| u64::from(slots(f)) * FINGERPRINT_BYTES as u64).sum();
+        let table_bytes: u64 = members.iter().map(|(_, f, _)| u64::from(slots(f)) * FINGERPRINT_BYTES as u64).sum();
         let mut trailer = identity.header();
         frames_bytes.put(&mut trailer);
         table_bytes.put(&mut trailer);
@@ -259,13 +258,7 @@ fn read_trailer(trailer: &[u8]) -> Result<(Identity, u64, u64, u32, [u8; 16])> {
     reader.end()?;
     let mut reader = Reader::new(told);
     let identity = Identity::from_header(reader.bytes(HEADER_BYTES)?)?;
-    Ok((
-        identity,
-        u64::take(&mut reader)?,
-        u64::take(&mut reader)?,
-        u32::take(&mut reader)?,
-        reader.array()?,
-    ))
+    Ok((identity, u64::take(&mut reader)?, u64::take(&mut reader)?, u32::take(&mut reader)?, reader.array()?))
 }
 
 fn read_members(index: &[u8], identity: &Identity, frames_bytes: u64, table_bytes: u64) -> Result<Vec<Member>> {

@@ -161,11 +161,7 @@ impl Store {
     pub fn vm(&self, name: &VmName) -> Result<(Arc<Vm>, Arc<VmState>)> {
         let vm = self.vm_handle(name);
         let state = vm.refresh()?;
-        if state.exists() {
-            Ok((vm, state))
-        } else {
-            Err(not_found(format!("VM {:?} is not there", name.as_str())))
-        }
+        if state.exists() { Ok((vm, state)) } else { Err(not_found(format!("VM {:?} is not there", name.as_str()))) }
     }
 
     /// The names of all VMs that have a log, deleted ones included. Cost: one listing.

@@ -66,9 +66,10 @@ impl Session {
     pub fn begin_without_index(store: &Store, vm: &Arc<Vm>) -> Result<Self> {
         let Some(guard) = wait_for_lock(store, vm)? else {
             let state = vm.refresh()?;
-            let holder = state.session.as_ref().map_or_else(String::new, |s| {
-                format!(" (began by process {} on {})", s.process, s.host)
-            });
+            let holder = state
+                .session
+                .as_ref()
+                .map_or_else(String::new, |s| format!(" (began by process {} on {})", s.process, s.host));
             return Err(busy(format!("VM {:?} is being written by another{holder}", vm.name())));
         };
         let mut holder = [0; 16];
@@ -263,13 +264,7 @@ pub fn pack_entry(
     object: crate::units::ObjectId,
 ) -> Result<PackEntry> {
     let slots = finished.slots.iter().find(|(n, _)| *n == number).map(|(_, slots)| *slots);
-    let slots = slots.ok_or_else(|| Error::new(crate::error::ErrorKind::Corrupt, format!("pack {number}: no member")))?;
-    Ok(PackEntry {
-        number,
-        object,
-        content,
-        slots,
-        object_bytes: finished.bytes,
-        tail_bytes: finished.tail_bytes,
-    })
+    let slots =
+        slots.ok_or_else(|| Error::new(crate::error::ErrorKind::Corrupt, format!("pack {number}: no member")))?;
+    Ok(PackEntry { number, object, content, slots, object_bytes: finished.bytes, tail_bytes: finished.tail_bytes })
 }

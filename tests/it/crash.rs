@@ -454,8 +454,8 @@ fn writing_a_checkpoint_and_removing_old_records() {
     let bytes = first();
     put(&scene.store(), "vm/a.img", &bytes).unwrap();
     let interval = LOG_CHECKPOINT_INTERVAL as u32;
-    // The first checkpoint is record interval + 1.
-    fill_log(&scene.store(), 2 * interval);
+    // All records so far, and the first checkpoint.
+    fill_log(&scene.store(), 2 * interval - 1);
     assert_eq!(keys(&scene.base, "vms/vm/log").len(), 2 * interval as usize);
     let rows = |name| scene.with(&[("vm/", &[]), (name, &bytes)]);
     scene.states = vec![rows("vm/a.img"), rows("vm/b.img")];

@@ -96,8 +96,13 @@ fn run(seed: u64, with_parent: bool) {
                 model.resize(offset as usize, 0);
             }
             53..=66 => {
-                let how = [Allocate::Punch, Allocate::Zero, Allocate::ZeroKeepSize, Allocate::Reserve, Allocate::ReserveKeepSize]
-                    [rng.below(5) as usize];
+                let how = [
+                    Allocate::Punch,
+                    Allocate::Zero,
+                    Allocate::ZeroKeepSize,
+                    Allocate::Reserve,
+                    Allocate::ReserveKeepSize,
+                ][rng.below(5) as usize];
                 fs.allocate(handle, offset, length as u64, how).unwrap();
                 let end = offset as usize + length;
                 if matches!(how, Allocate::Zero | Allocate::Reserve) && model.len() < end {
@@ -135,7 +140,11 @@ fn run(seed: u64, with_parent: bool) {
                 same(&out[..count], &model[from..to], &format!("seed {seed} step {step}: read at {offset}"));
             }
         }
-        assert_eq!(fs.attributes(ino, Some(handle)).unwrap().bytes, model.len() as u64, "seed {seed} step {step}: size");
+        assert_eq!(
+            fs.attributes(ino, Some(handle)).unwrap().bytes,
+            model.len() as u64,
+            "seed {seed} step {step}: size"
+        );
     }
     same(&read_all(&fs, handle, limit * 2), &model, "before the close");
     fs.flush(handle).unwrap();
@@ -163,7 +172,8 @@ fn random_operations_equal_a_vector_of_bytes() {
 #[test]
 fn a_backup_gives_back_every_byte_whatever_its_size() {
     let world = World::new();
-    for size in [0usize, 1, 511, 4095, 4096, 4097, 17408, 17409, (2 << 20) - 1, 2 << 20, (2 << 20) + 1, (5 << 20) + 123] {
+    for size in [0usize, 1, 511, 4095, 4096, 4097, 17408, 17409, (2 << 20) - 1, 2 << 20, (2 << 20) + 1, (5 << 20) + 123]
+    {
         let bytes = noise(size as u64, size);
         put(&world.store(), &format!("vm/{size}.img"), &bytes).unwrap();
         same(&get(&world.store(), &format!("vm/{size}.img")).unwrap(), &bytes, &format!("size {size}"));

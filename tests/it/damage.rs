@@ -124,8 +124,8 @@ impl Scene {
     fn checkpoint(&self, vm: &str) -> u32 {
         let objects = self.whole.objects();
         let prefix = format!("vms/{vm}/log/");
-        let names = objects.keys().filter_map(|key| key.strip_prefix(&prefix)?.strip_suffix(".checkpoint"));
-        let checkpoint = names.last().unwrap().parse().unwrap();
+        let mut names = objects.keys().filter_map(|key| key.strip_prefix(&prefix)?.strip_suffix(".checkpoint"));
+        let checkpoint = names.next_back().unwrap().parse().unwrap();
         assert_eq!(u64::from(checkpoint), LOG_CHECKPOINT_INTERVAL);
         checkpoint
     }

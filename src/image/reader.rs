@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::backend::Guard;
 use crate::error::{Result, corrupt, invalid};
-use crate::fingerprint::{digest, is_zero};
+use crate::fingerprint::digest;
 use crate::image::tree::Tree;
 use crate::limits::{BLOCK_BYTES, GROUP_SEGMENTS, SEGMENT_BYTES};
 use crate::pack::reader::Packs;
@@ -267,9 +267,4 @@ fn next_block(recipe: Option<&Recipe>, first: u16, data: bool) -> Option<u16> {
         at = extent.end_block();
     }
     (usize::from(at) < crate::limits::SEGMENT_BLOCKS).then_some(at)
-}
-
-/// Whether bytes are all zero: what a hole reads as.
-pub fn is_hole(bytes: &[u8]) -> bool {
-    is_zero(bytes)
 }

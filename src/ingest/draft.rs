@@ -354,8 +354,7 @@ impl Draft {
 
     /// Starts the working thread if there is enough to do and none runs.
     fn start_work(self: &Arc<Self>, inner: &mut Inner) {
-        let enough = inner.queue.len() >= BATCH_SEGMENTS || (inner.is_urgent && !inner.queue.is_empty());
-        if inner.is_working || !enough {
+        if inner.is_working || !inner.has_work() {
             return;
         }
         inner.is_working = true;
@@ -373,11 +372,7 @@ impl Draft {
 
     fn work(&self) {
         let mut inner = self.lock();
-        while inner.failed.is_none() {
-            let enough = inner.queue.len() >= BATCH_SEGMENTS || (inner.is_urgent && !inner.queue.is_empty());
-            if !enough {
-                break;
-            }
+        while inner.failed.is_none() && inner.has_work() {
             let mut batch = Vec::new();
             let mut missing = None;
             while batch.len() < BATCH_SEGMENTS {
@@ -830,6 +825,11 @@ impl Drop for Draft {
 }
 
 impl Inner {
+    /// Whether there is enough for a batch, or somebody waits for what there is.
+    fn has_work(&self) -> bool {
+        self.queue.len() >= BATCH_SEGMENTS || (self.is_urgent && !self.queue.is_empty())
+    }
+
     fn queue(&mut self, segment: u32) {
         if let Some(Held::Filling(mut fill)) = self.held.remove(&segment) {
             self.filling -= 1;

@@ -9,7 +9,7 @@ use crate::catalog::roots::{root_key, root_object};
 use crate::catalog::state::VmState;
 use crate::clock::Timestamp;
 use crate::dedup::ladder::{Held, Origin, Plan, plan};
-use crate::error::{Error, ErrorKind, Result, corrupt};
+use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::{Fingerprint, digest, fingerprint_blocks, is_zero};
 use crate::image::tree::Tree;
 use crate::ingest::draft_tree::DraftTree;
@@ -424,12 +424,4 @@ pub fn verify_unchanged(parent: Option<Fingerprint>, bytes: &[u8], segment: Segm
         ErrorKind::Invalid,
         format!("change map: it calls the segment at offset {start} unchanged, but it differs from the parent"),
     ))
-}
-
-/// A segment that a batch must have.
-///
-/// # Errors
-/// `Corrupt`: only a bug gets here.
-pub fn whole(bytes: &[u8]) -> Result<&[u8]> {
-    if bytes.len() == SEGMENT_BLOCKS * BLOCK_BYTES { Ok(bytes) } else { Err(corrupt("segment of a wrong length")) }
 }

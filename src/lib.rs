@@ -3,11 +3,11 @@
 //! The modules stand in the order in which a byte travels; imports point down the list (docs/ARCHITECTURE.md).
 #![warn(missing_docs)]
 
+pub mod fuzz;
+
 pub mod cli;
 
 pub mod fuse;
-
-pub mod fuzz;
 
 pub mod fs;
 

@@ -22,6 +22,7 @@ use crate::fs::files::OpenFile;
 use crate::fs::nodes::{Node, Nodes};
 use crate::fs::seal::Candidate;
 use crate::fs::types::{Attributes, Caller, Entry, Handle, Ino, Kind, Opened, Options, ROOT, SetAttributes, Space};
+use crate::ingest::background::prepare;
 use crate::ingest::budget::Budget;
 use crate::limits::BLOCK_BYTES;
 use crate::name::{CONTROL_FOLDER, DiskName, FileName, LATEST, VmName};
@@ -73,6 +74,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl MountedStore {
     /// The tree of a store.
     pub fn new(store: Arc<Store>, options: Options) -> Arc<Self> {
+        prepare();
         let budget = Arc::new(Budget::new(store.shares().segments));
         let spill_folder = store.derived_root().map_or_else(std::env::temp_dir, |d| d.join("spill"));
         Arc::new(Self {

@@ -19,6 +19,7 @@ use crate::error::{Error, ErrorKind, Result, invalid};
 use crate::fingerprint::{Fingerprint, is_zero};
 use crate::image::reader::{read_segment, seek};
 use crate::image::tree::{Tree, read_recipe};
+use crate::ingest::background::step_back;
 use crate::ingest::budget::Budget;
 use crate::ingest::draft_tree::DraftTree;
 use crate::ingest::partition::grid_phase;
@@ -371,6 +372,7 @@ impl Draft {
     }
 
     fn work(&self) {
+        step_back();
         let mut inner = self.lock();
         while inner.failed.is_none() && inner.has_work() {
             let mut batch = Vec::new();

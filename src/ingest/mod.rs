@@ -1,5 +1,6 @@
 //! The write path W1-W9: from written ranges to a committed snapshot.
 
+pub mod background;
 pub mod backup;
 pub mod budget;
 pub mod change_map;

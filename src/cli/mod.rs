@@ -7,6 +7,7 @@ pub mod demo;
 pub mod diff;
 pub mod forget;
 pub mod gc;
+pub mod host_config;
 pub mod init;
 pub mod list;
 pub mod logging;
@@ -22,15 +23,16 @@ pub mod umount;
 
 use std::ffi::OsString;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Parser;
 use log::LevelFilter;
 
+use crate::cli::host_config::HostConfig;
 use crate::cli::logging::{LogTarget, init_logging};
-use crate::cli::store_arg::{STORE_VARIABLE, StoreArg, with_store};
-use crate::error::{Error, ErrorKind};
+use crate::cli::store_arg::{STORE_VARIABLE, parse_size, with_store};
+use crate::error::{Error, ErrorKind, invalid};
 
 /// All is done.
 pub const DONE: u8 = 0;
@@ -122,17 +124,60 @@ enum Command {
 
 #[derive(Debug, clap::Args)]
 struct MountCommand {
-    #[command(flatten)]
-    store: StoreArg,
+    /// The store: a folder; left out when --store, SNAPFS_STORE or the host's configuration tells it
+    #[arg(value_name = "STORE")]
+    store: Option<PathBuf>,
+
+    /// Where to mount: an existing folder outside of the store; left out when the host's configuration tells it
+    #[arg(value_name = "MOUNTPOINT")]
+    mountpoint: Option<PathBuf>,
+
+    /// The store, in place of the first argument
+    #[arg(long = "store", value_name = "STORE", id = "store_option")]
+    store_option: Option<PathBuf>,
+
+    /// Memory to use at the most, for example 512M [default: 256M]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    max_memory: Option<u64>,
+
     #[command(flatten)]
     mount: mount::Mount,
 }
 
+impl MountCommand {
+    fn run(&self) -> Outcome {
+        let store = or_configured(self.store.as_deref(), "store", |host| host.store)?;
+        let mountpoint = or_configured(self.mountpoint.as_deref(), "mountpoint", |host| host.mountpoint)?;
+        done(mount::run(&store, &mountpoint, &self.mount, self.max_memory))
+    }
+}
+
 #[derive(Debug, clap::Args)]
 struct Umount {
-    /// Where the store is mounted
+    /// Where the store is mounted; left out when the host's configuration tells it
     #[arg(value_name = "MOUNTPOINT")]
-    mountpoint: PathBuf,
+    mountpoint: Option<PathBuf>,
+}
+
+impl Umount {
+    fn run(&self) -> Outcome {
+        done(umount::run(&or_configured(self.mountpoint.as_deref(), "mountpoint", |host| host.mountpoint)?))
+    }
+}
+
+/// What was given, or else what the host's configuration has under `key`.
+fn or_configured(
+    given: Option<&Path>,
+    key: &str,
+    pick: impl FnOnce(HostConfig) -> Option<PathBuf>,
+) -> Result<PathBuf, Stop> {
+    if let Some(given) = given {
+        return Ok(given.to_owned());
+    }
+    pick(HostConfig::read()?).ok_or_else(|| {
+        let argument = key.to_uppercase();
+        Stop::usage(invalid(format!("no {argument} is given, and {} has no {key:?}", host_config::file().display())))
+    })
 }
 
 /// Why a command ends before it is done: an exit code, and the message for standard error.
@@ -223,8 +268,8 @@ fn run(args: Vec<OsString>) -> u8 {
     }
     let outcome = match &arguments.command {
         Command::Init(command) => command.run(),
-        Command::Mount(command) => done(mount::run(&command.store.store, &command.mount, command.store.max_memory)),
-        Command::Umount(command) => done(umount::run(&command.mountpoint)),
+        Command::Mount(command) => command.run(),
+        Command::Umount(command) => command.run(),
         Command::Backup(command) => command.run(),
         Command::Restore(command) => command.run(),
         Command::List(command) => command.run(),

@@ -30,13 +30,9 @@ const DEAD_MOUNTS_MAX: usize = 16;
 /// A message of the daemon is a line; what it logs until then is some lines.
 const MESSAGE_BYTES_MAX: u64 = 64 << 10;
 
-/// Arguments of `snapfs mount`, but for the store.
+/// Arguments of `snapfs mount`, but for the store and the mountpoint.
 #[derive(Debug, clap::Args)]
 pub struct Mount {
-    /// Where to mount: an existing folder outside of the store
-    #[arg(value_name = "MOUNTPOINT")]
-    pub mountpoint: PathBuf,
-
     /// Options: ro, allow_other, noallow_other, noexec, seal_after=TIME, max_memory=SIZE, threads=N, log=FILE
     #[arg(short = 'o', value_name = "OPTION,...")]
     pub options: Vec<String>,
@@ -59,12 +55,12 @@ pub struct Mount {
 /// # Errors
 /// `Invalid` for a wrong option or a mountpoint that cannot be used, `NotFound`, `Busy` when a store is mounted there,
 /// and whatever the store cannot be opened for.
-pub fn run(store: &Path, args: &Mount, max_memory: Option<u64>) -> Result<()> {
+pub fn run(store: &Path, mountpoint: &Path, args: &Mount, max_memory: Option<u64>) -> Result<()> {
     let options = MountOptions::parse(&args.options)?;
     let shares = MemoryShares::of(max_memory.or(options.max_memory).unwrap_or(MEMORY_BYTES_DEFAULT))?;
     if !args.foreground && !args.ready_on_stdout {
         init_logging(LogTarget::Stderr, LevelFilter::Warn);
-        return in_background(store, args, max_memory);
+        return in_background(store, mountpoint, args, max_memory);
     }
     let log_file = args.log.as_deref().or(options.log.as_deref()).map(open_log).transpose()?;
     let target = match (args.ready_on_stdout, log_file) {
@@ -73,16 +69,16 @@ pub fn run(store: &Path, args: &Mount, max_memory: Option<u64>) -> Result<()> {
         (false, None) => LogTarget::Stderr,
     };
     init_logging(target, LevelFilter::Warn);
-    daemon::run(args.ready_on_stdout, || assignment(store, args, &options, shares))
+    daemon::run(args.ready_on_stdout, || assignment(store, mountpoint, &options, shares))
 }
 
 /// All that the daemon must know; checks what can be checked before the store is opened.
-fn assignment(store: &Path, args: &Mount, options: &MountOptions, shares: MemoryShares) -> Result<Assignment> {
+fn assignment(store: &Path, mountpoint: &Path, options: &MountOptions, shares: MemoryShares) -> Result<Assignment> {
     let store = store.canonicalize().map_err(|e| match e.kind() {
         std::io::ErrorKind::NotFound => not_found(format!("store {}: there is no such folder", store.display())),
         _ => Error::io(format!("store {}", store.display()), e),
     })?;
-    let mountpoint = resolve(&args.mountpoint)?;
+    let mountpoint = resolve(mountpoint)?;
     clear_of_dead(&mountpoint)?;
     check_mountpoint(&mountpoint, &store)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -147,11 +143,11 @@ fn check_mountpoint(mountpoint: &Path, store: &Path) -> Result<()> {
 }
 
 /// Starts the daemon and waits until the mount answers.
-fn in_background(store: &Path, args: &Mount, max_memory: Option<u64>) -> Result<()> {
-    let mountpoint = resolve(&args.mountpoint)?;
+fn in_background(store: &Path, mountpoint: &Path, args: &Mount, max_memory: Option<u64>) -> Result<()> {
+    let mountpoint = resolve(mountpoint)?;
     let program = std::env::current_exe().map_err(|e| Error::io("own program", e))?;
     let mut child = Command::new(program)
-        .args(daemon_arguments(store, args, max_memory)?)
+        .args(daemon_arguments(store, &mountpoint, args, max_memory)?)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -214,7 +210,7 @@ fn check_answers(mountpoint: &Path) -> Result<()> {
 }
 
 /// The arguments that start the daemon. Paths become absolute, so that none looks like an option.
-fn daemon_arguments(store: &Path, args: &Mount, max_memory: Option<u64>) -> Result<Vec<OsString>> {
+fn daemon_arguments(store: &Path, mountpoint: &Path, args: &Mount, max_memory: Option<u64>) -> Result<Vec<OsString>> {
     let absolute = |path: &Path| {
         std::path::absolute(path).map(PathBuf::into_os_string).map_err(|e| Error::io(path.display().to_string(), e))
     };
@@ -229,7 +225,7 @@ fn daemon_arguments(store: &Path, args: &Mount, max_memory: Option<u64>) -> Resu
     if let Some(log) = &args.log {
         words.extend(["--log".into(), absolute(log)?]);
     }
-    words.push(absolute(&args.mountpoint)?);
+    words.push(absolute(mountpoint)?);
     Ok(words)
 }
 
@@ -257,18 +253,16 @@ mod tests {
     #[test]
     fn the_daemon_gets_the_same_order() {
         let args = Mount {
-            mountpoint: PathBuf::from("/mnt/a b"),
             options: vec!["ro".to_owned(), "seal_after=1s,threads=2".to_owned()],
             foreground: false,
             log: Some(PathBuf::from("/var/log/x")),
             ready_on_stdout: false,
         };
-        let words = daemon_arguments(Path::new("/srv/s"), &args, Some(1 << 30)).unwrap();
+        let words = daemon_arguments(Path::new("/srv/s"), Path::new("/mnt/a b"), &args, Some(1 << 30)).unwrap();
         let expected = "mount|--ready-on-stdout|--store|/srv/s|-o|ro|-o|seal_after=1s,threads=2|--max-memory|1073741824|\
                         --log|/var/log/x|/mnt/a b";
         assert_eq!(words.join(std::ffi::OsStr::new("|")), expected);
-        let relative = Mount { mountpoint: PathBuf::from("-x"), ..args };
-        let words = daemon_arguments(Path::new("-s"), &relative, None).unwrap();
+        let words = daemon_arguments(Path::new("-s"), Path::new("-x"), &args, None).unwrap();
         assert!(Path::new(words.last().unwrap()).is_absolute());
     }
 }

@@ -538,6 +538,34 @@ fn a_mountpoint_that_cannot_be_is_refused() {
 }
 
 #[test]
+fn what_is_left_out_comes_from_the_configuration() {
+    need_mount!("mount::what_is_left_out_comes_from_the_configuration");
+    let place = Place::new();
+    let _cleared = Cleared(&place, "mnt");
+    std::fs::create_dir(place.path("mnt")).unwrap();
+    place.snapfs("mount").fails(2, "no STORE is given");
+    place.snapfs("mount store").fails(2, "no MOUNTPOINT is given");
+    place.snapfs("umount").fails(2, "no MOUNTPOINT is given");
+    place.write("host.toml", b"colour = 'red'");
+    place.snapfs("mount store").fails(1, "colour");
+    let text = format!("store = {:?}\nmountpoint = {:?}\n", place.path("nowhere"), place.path("mnt"));
+    place.write("host.toml", text.as_bytes());
+    place.snapfs("mount").fails(3, "nowhere");
+    // What is told wins, by whichever of the ways.
+    for words in ["mount store", "mount --store store"] {
+        place.snapfs(words).ok();
+        assert!(place.exists("mnt/.snapfs/status"), "{words}");
+        place.snapfs("umount").ok();
+    }
+    let mounted = place.command(SNAPFS).arg("mount").env("SNAPFS_STORE", place.path("store")).output().unwrap();
+    assert!(mounted.status.success(), "{}", String::from_utf8_lossy(&mounted.stderr));
+    place.snapfs("umount").ok();
+    place.write("host.toml", text.replace("nowhere", "store").as_bytes());
+    place.snapfs("mount -o ro").ok();
+    place.snapfs("umount").ok();
+}
+
+#[test]
 fn in_the_foreground_it_stays_until_the_end() {
     need_mount!("mount::in_the_foreground_it_stays_until_the_end");
     let place = Place::new();

@@ -215,6 +215,7 @@ impl Place {
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
         command.current_dir(self.folder.path()).stdin(Stdio::null()).env("PATH", search_path()).env("LC_ALL", "C");
+        command.env("SNAPFS_CONFIG", self.path("host.toml"));
         for variable in ["SNAPFS_STORE", "SNAPFS_LOG", "RUST_LOG"] {
             command.env_remove(variable);
         }

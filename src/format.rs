@@ -32,11 +32,13 @@ pub enum ObjectKind {
     Config = 4,
     /// The whole state of a VM after some record of its log.
     Checkpoint = 5,
+    /// What keeps a snapshot although it is forgotten.
+    Hold = 6,
 }
 
 impl ObjectKind {
     /// Every kind that there is in this version.
-    pub const ALL: [Self; 5] = [Self::Record, Self::Root, Self::Pack, Self::Config, Self::Checkpoint];
+    pub const ALL: [Self; 6] = [Self::Record, Self::Root, Self::Pack, Self::Config, Self::Checkpoint, Self::Hold];
 }
 
 /// The 16 bytes that magic, kind, version and features take at the start of every object.

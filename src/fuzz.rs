@@ -6,6 +6,7 @@
 
 #![expect(clippy::panic, reason = "a broken promise ends the run, with the input that broke it")]
 
+use crate::catalog::hold::{Hold, HoldId};
 use crate::catalog::record::Record;
 use crate::catalog::roots::root_object;
 use crate::cli::mount_options::MountOptions;
@@ -28,6 +29,7 @@ pub type Entry = fn(&[u8]);
 pub const ALL: &[(&str, Entry)] = &[
     ("record", record),
     ("envelope", envelope),
+    ("hold", hold),
     ("root_page", root_page),
     ("group_page", group_page),
     ("recipe", recipe),
@@ -63,6 +65,20 @@ pub fn envelope(bytes: &[u8]) {
         }
     }
     assert!(opened.iter().filter(|(_, body)| body.is_ok()).count() <= 1, "envelope: one object of two kinds");
+}
+
+/// A hold, as an object and as the body of one.
+pub fn hold(bytes: &[u8]) {
+    if let Ok(hold) = Hold::from_object(bytes) {
+        assert!(hold.to_object() == bytes, "hold: another object comes back");
+        assert!(HoldId::parse(&hold.id.to_string()) == Some(hold.id), "hold: its name is none");
+    }
+    if let Ok(hold) = decode::<Hold>(bytes) {
+        assert!(encode(&hold) == bytes, "hold: other bytes come back");
+    }
+    if let Some(id) = std::str::from_utf8(bytes).ok().and_then(HoldId::parse) {
+        assert!(id.to_string().as_bytes() == bytes, "hold: another name comes back");
+    }
 }
 
 /// A root page, as an object and as the body of one.

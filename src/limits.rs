@@ -63,6 +63,12 @@ pub const LOG_RECORD_BYTES_MAX: u64 = 64 << 20;
 /// A root page has at most 8 MiB: 65 536 group references and what goes with them.
 pub const ROOT_PAGE_BYTES_MAX: u64 = 8 << 20;
 
+/// The owner of a hold has at most 1 KiB: one line for people, with a path in it.
+pub const HOLD_OWNER_BYTES_MAX: usize = 1 << 10;
+
+/// A hold has at most 4 KiB: its owner, and some numbers.
+pub const HOLD_BYTES_MAX: u64 = 4 << 10;
+
 /// Records between two checkpoints of a log: what opening a VM reads at the most, but for the checkpoint.
 pub const LOG_CHECKPOINT_INTERVAL: u64 = 64;
 

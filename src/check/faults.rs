@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use roaring::RoaringTreemap;
 use serde::Serialize;
 
+use crate::catalog::hold::{HoldId, hold_key};
 use crate::catalog::roots::root_key;
 use crate::catalog::state::VmState;
 use crate::catalog::vm::{log_prefix, pack_key};
@@ -52,6 +53,8 @@ pub enum Subject {
     Object(ObjectId),
     /// A pack that the log does not have.
     Unknown(PackNumber),
+    /// A hold.
+    Hold(HoldId),
     /// Something else, by its key.
     Other(String),
 }
@@ -124,13 +127,14 @@ impl Faults {
     }
 
     /// Takes out what was only seen because others changed the VM during the check: objects that the newest state
-    /// does not need any more, and what was found below snapshots that are gone.
-    pub fn forget_stale(&mut self, now: &VmState) {
-        let roots: BTreeSet<RootId> = now.files.values().map(|f| f.root).collect();
+    /// does not need any more, and what was found below snapshots that are gone and holds that were released.
+    pub fn forget_stale(&mut self, now: &VmState, holds: &[HoldId]) {
+        let roots: BTreeSet<RootId> = now.files.values().map(|f| f.root).chain(holds.iter().map(|h| h.root)).collect();
         let objects = now.objects();
         self.found.retain(|(subject, _), fault| {
             let is_there = match subject {
                 Subject::Root(id) => roots.contains(id),
+                Subject::Hold(id) => holds.contains(id),
                 Subject::Object(object) => objects.contains_key(object),
                 Subject::Log | Subject::Unknown(_) | Subject::Other(_) => true,
             };
@@ -147,6 +151,7 @@ impl Faults {
                 Subject::Root(id) => root_key(vm, *id).to_string(),
                 Subject::Object(object) => pack_key(vm, *object).to_string(),
                 Subject::Unknown(pack) => format!("vms/{vm}/packs/{pack}"),
+                Subject::Hold(id) => hold_key(vm, *id).to_string(),
                 Subject::Other(key) => key.clone(),
             },
             snapshots: fault.snapshots.into_iter().collect(),

@@ -3,13 +3,15 @@
 //!
 //! ```text
 //!   each VM:  log ── objects: length, header, index, slot table, frames      (I1, I3, I4)
-//!              └──── snapshots: root, group pages, recipes, their slots      (I1, I2, I5)
+//!    holds ────┴──── snapshots: root, group pages, recipes, their slots      (I1, I2, I5)
 //!                     └── which snapshots a damaged object concerns
 //! ```
 
 pub mod store;
 
 pub mod vm;
+
+pub mod holds;
 
 pub mod trees;
 

@@ -25,6 +25,8 @@ pub struct CheckReport {
     pub vms: u64,
     /// Snapshots and drafts.
     pub snapshots: u64,
+    /// Forgotten snapshots that holds keep.
+    pub snapshots_held: u64,
     /// Pack objects.
     pub objects: u64,
     /// Frames whose content was compared with its fingerprints.

@@ -27,6 +27,7 @@ pub struct TreeCheck<'a> {
     vm: &'a Vm,
     packs: &'a Packs,
     state: &'a VmState,
+    held: BTreeMap<RootId, String>,
     seen: RoaringTreemap,
     blocks: HashMap<u64, u32>,
 }
@@ -34,13 +35,26 @@ pub struct TreeCheck<'a> {
 type Below<'a> = Option<(RootId, &'a str)>;
 
 impl<'a> TreeCheck<'a> {
-    /// A check of the snapshots of `state`.
-    pub fn new(vm: &'a Vm, packs: &'a Packs, state: &'a VmState) -> Self {
-        Self { vm, packs, state, seen: RoaringTreemap::new(), blocks: HashMap::new() }
+    /// A check of the snapshots of `state`, and of the forgotten ones that are `held`, with a name for each.
+    pub fn new(vm: &'a Vm, packs: &'a Packs, state: &'a VmState, held: BTreeMap<RootId, String>) -> Self {
+        Self { vm, packs, state, held, seen: RoaringTreemap::new(), blocks: HashMap::new() }
     }
 
-    fn read_root(&self, file: &FileEntry) -> Result<RootPage> {
-        read_root(&**self.vm.backend(), self.vm.name(), self.state.incarnation, file.root)
+    /// Checks them all, and names those that stand on what was found lost.
+    pub fn check(&mut self, faults: &mut Faults) {
+        for file in self.state.files.values() {
+            self.check_snapshot(file.root, &full_name(self.vm.name(), file), Some(file), faults);
+        }
+        let held = std::mem::take(&mut self.held);
+        for (root, name) in &held {
+            self.check_snapshot(*root, name, None, faults);
+        }
+        self.held = held;
+        self.name_concerned(faults);
+    }
+
+    fn read_root(&self, id: RootId) -> Result<RootPage> {
+        read_root(&**self.vm.backend(), self.vm.name(), self.state.incarnation, id)
     }
 
     /// What a slot of a recipe pack or a data pack is part of.
@@ -48,23 +62,23 @@ impl<'a> TreeCheck<'a> {
         self.state.packs.get(&pack).map_or(Subject::Unknown(pack), |entry| Subject::Object(entry.object))
     }
 
-    /// Checks one snapshot. Cost: its root page, and the group pages and recipes that were not seen before.
-    pub fn check_file(&mut self, file: &FileEntry, faults: &mut Faults) {
-        let name = full_name(self.vm.name(), file);
-        let below = Some((file.root, name.as_str()));
-        let subject = Subject::Root(file.root);
-        let root = match self.read_root(file) {
+    /// Checks one snapshot; `file` is what the log says of it. Cost: its root page, and the group pages and recipes
+    /// that were not seen before.
+    fn check_snapshot(&mut self, id: RootId, name: &str, file: Option<&FileEntry>, faults: &mut Faults) {
+        let below = Some((id, name));
+        let subject = Subject::Root(id);
+        let root = match self.read_root(id) {
             Ok(root) => root,
             Err(e) => {
                 let what = if e.kind() == ErrorKind::NotFound { "is missing".into() } else { e.to_string() };
                 return faults.note_below(subject, Severity::Must, what, below);
             }
         };
-        if root.image_bytes != file.image_bytes {
+        if let Some(file) = file.filter(|file| root.image_bytes != file.image_bytes) {
             let what = format!("the image has {} bytes, the log says {}", root.image_bytes, file.image_bytes);
             faults.note_below(subject.clone(), Severity::Must, what, below);
         }
-        if root.file != file.id {
+        if let Some(file) = file.filter(|file| root.file != file.id) {
             let what = format!("is of file {}, the log says {}", root.file, file.id);
             faults.note_below(subject.clone(), Severity::Should, what, below);
         }
@@ -77,11 +91,12 @@ impl<'a> TreeCheck<'a> {
             let more = self.blocks.get(&slot.0).copied();
             blocks = blocks.zip(more).map(|(sum, more)| sum + u64::from(more));
         }
-        let told = (root.data_blocks, file.data_blocks);
+        // The log says nothing of one that is forgotten.
+        let told = (root.data_blocks, file.map_or(root.data_blocks, |f| f.data_blocks));
         if blocks.is_some_and(|blocks| told != (blocks, blocks)) {
             let (root, log) = told;
             let what = format!("{} blocks with data, it says {root}, the log {log}", blocks.unwrap_or(0));
-            faults.note_below(subject, Severity::Should, what, below);
+            faults.note_below(subject, Severity::Must, what, below);
         }
     }
 
@@ -205,14 +220,16 @@ impl<'a> TreeCheck<'a> {
     }
 
     /// Names the snapshots that stand on what was found lost. Cost: nothing when nothing is; else all group pages.
-    pub fn name_concerned(&self, faults: &mut Faults) {
+    fn name_concerned(&self, faults: &mut Faults) {
         if !faults.has_losses() {
             return;
         }
         let mut whole = RoaringTreemap::new();
         let mut concerned: HashMap<u64, BTreeSet<Subject>> = HashMap::new();
-        for file in self.state.files.values() {
-            let Ok(root) = self.read_root(file) else { continue };
+        let files = self.state.files.values().map(|file| (file.root, full_name(self.vm.name(), file)));
+        let held = self.held.iter().map(|(root, name)| (*root, name.clone()));
+        for (id, name) in files.chain(held) {
+            let Ok(root) = self.read_root(id) else { continue };
             let mut subjects = BTreeSet::new();
             for group in &root.groups {
                 let slot = group.page.slot;
@@ -233,7 +250,6 @@ impl<'a> TreeCheck<'a> {
                     }
                 }
             }
-            let name = full_name(self.vm.name(), file);
             for subject in subjects {
                 faults.concern(&subject, &name);
             }

@@ -9,6 +9,7 @@ use crate::catalog::roots::parse_root_name;
 use crate::catalog::state::VmState;
 use crate::catalog::vm::{LogEntry, Vm, log_prefix, parse_log_name};
 use crate::check::faults::{Faults, Severity, Subject};
+use crate::check::holds::Holds;
 use crate::check::objects::ObjectCheck;
 use crate::check::store::{CheckOptions, CheckReport};
 use crate::check::trees::TreeCheck;
@@ -33,11 +34,12 @@ pub fn check_vm(
     let vm = store.vm_handle(name);
     let mut faults = Faults::default();
     let log = log_prefix(vm.name()).to_string();
+    let holds = Holds::list(&vm)?;
     let state = match vm.refresh() {
         Ok(state) => state,
         Err(e) if e.kind() == ErrorKind::NotFound => {
             // A folder in which a writer died before its first record holds nothing.
-            let there = list(&vm, "packs")?.len() + list(&vm, "snapshots")?.len();
+            let there = list(&vm, "packs")?.len() + list(&vm, "snapshots")?.len() + holds.count();
             let severity = if there > 0 { Severity::Must } else { Severity::Should };
             report.add_one(vm.name(), log, format!("there is no log, but {there} other objects"), severity);
             return Ok(());
@@ -49,20 +51,18 @@ pub fn check_vm(
     };
     let whole = check_log(&vm, &mut faults)?;
     check_objects(store, &vm, &state, options, &mut faults, report, tell);
+    let held = holds.check(&vm, &state, &mut faults);
     report.snapshots += state.files.len() as u64;
+    report.snapshots_held += held.len() as u64;
     let packs = store.packs(&vm);
-    let mut trees = TreeCheck::new(&vm, &packs, &state);
-    for file in state.files.values() {
-        trees.check_file(file, &mut faults);
-    }
-    trees.name_concerned(&mut faults);
+    TreeCheck::new(&vm, &packs, &state, held).check(&mut faults);
     if whole {
         count_leaks(&vm, &mut faults, report)?;
     }
-    if let Ok(now) = vm.refresh()
-        && now.number != state.number
+    if let (Ok(now), Ok(held)) = (vm.refresh(), vm.hold_ids())
+        && (now.number != state.number || !holds.are(&held))
     {
-        faults.forget_stale(&now);
+        faults.forget_stale(&now, &held);
     }
     let (findings, dropped) = faults.into_findings(vm.name());
     report.add(findings, dropped);

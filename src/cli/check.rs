@@ -74,6 +74,9 @@ impl Check {
                 report.objects,
                 output::size(report.bytes_read)
             ));
+            if report.snapshots_held > 0 {
+                text.push_str(&format!("{} more snapshots are forgotten and held\n", report.snapshots_held));
+            }
             if report.findings_dropped > 0 {
                 text.push_str(&format!("{} more findings are not shown\n", report.findings_dropped));
             }

@@ -118,6 +118,17 @@ fn tell(report: &GcReport) {
     }
 }
 
+/// What stays although it was forgotten, and why.
+fn kept(report: &GcReport) -> String {
+    let roots = |count: u64| format!("{count} forgotten snapshot{}", if count == 1 { "" } else { "s" });
+    match (report.roots_held, report.roots_pinned) {
+        (0, 0) => String::new(),
+        (held, 0) => format!("; held: {}", roots(held)),
+        (0, pinned) => format!("; still open: {}", roots(pinned)),
+        (held, pinned) => format!("; held: {}, still open: {}", roots(held), roots(pinned)),
+    }
+}
+
 fn as_text(report: &Report) -> String {
     let (would, note) = if report.dry_run { ("would be ", " (dry run: nothing was changed)") } else { ("", "") };
     let mut text = String::new();
@@ -126,15 +137,16 @@ fn as_text(report: &Report) -> String {
             continue;
         }
         if done.idle {
-            text.push_str(&format!("{}: nothing to collect{note}\n", done.vm));
+            text.push_str(&format!("{}: nothing to collect{}{note}\n", done.vm, kept(done)));
             continue;
         }
         text.push_str(&format!(
-            "{}: {} {would}freed, {} objects {would}deleted, {} {would}compacted{note}\n",
+            "{}: {} {would}freed, {} objects {would}deleted, {} {would}compacted{}{note}\n",
             done.vm,
             output::size(done.bytes_reclaimed),
             done.objects_deleted,
-            done.packs_compacted
+            done.packs_compacted,
+            kept(done)
         ));
     }
     if text.is_empty() {

@@ -2,11 +2,14 @@
 
 use std::ffi::OsString;
 
+use crate::catalog::vm::Vm;
 use crate::cli::output::{self, Levels};
 use crate::cli::store_arg::{StoreArg, reference};
 use crate::cli::{DONE, Outcome};
+use crate::error::Result;
 use crate::limits::BLOCK_BYTES;
 use crate::store::full_name;
+use crate::units::RootId;
 
 /// Shown by `--help`.
 pub const EXAMPLES: &str = "\
@@ -36,6 +39,8 @@ struct Report {
     data_bytes: u64,
     sealed: bool,
     protected: bool,
+    /// Whose holds keep its bytes even when it is forgotten.
+    holds: Vec<String>,
     received: String,
     mtime: String,
     /// The name of the snapshot that it was compared with; `None` without one, or when that is forgotten.
@@ -65,6 +70,7 @@ impl Show {
             data_bytes: root.data_blocks.saturating_mul(BLOCK_BYTES as u64),
             sealed: file.sealed.is_some(),
             protected: file.protected,
+            holds: holds_of(&vm, file.root)?,
             received: output::time(file.received),
             mtime: output::time(file.mtime),
             parent: parent.map(|f| full_name(vm.name(), f)),
@@ -80,6 +86,12 @@ impl Show {
         }
         Ok(DONE)
     }
+}
+
+fn holds_of(vm: &Vm, root: RootId) -> Result<Vec<String>> {
+    let ids = vm.hold_ids()?.into_iter().filter(|id| id.root == root);
+    // One that is damaged holds all the same.
+    Ok(ids.map(|id| vm.read_hold(id).map_or_else(|_| format!("hold {id}"), |hold| hold.owner)).collect())
 }
 
 fn as_text(report: &Report) -> String {
@@ -102,6 +114,9 @@ fn as_text(report: &Report) -> String {
         report.received,
         report.mtime,
     );
+    for owner in &report.holds {
+        text.push_str(&format!("  held by   {owner}\n"));
+    }
     for (what, bytes) in report.levels.rows() {
         text.push_str(&format!("  {what:<32}{:>12}\n", output::size(bytes)));
     }

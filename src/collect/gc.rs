@@ -66,6 +66,8 @@ pub struct GcReport {
     pub roots_dropped: u64,
     /// Root pages that stay because a reader has them open (I6).
     pub roots_pinned: u64,
+    /// Root pages of forgotten snapshots that stay because a hold names them (I6).
+    pub roots_held: u64,
     /// Objects that the log did not know, deleted by an exact collection.
     pub leaked_objects: u64,
     /// Their bytes.
@@ -170,6 +172,7 @@ fn must_be_whole(vm: &Vm) -> Result<()> {
 impl GcReport {
     fn tell(&mut self, vm: &Vm, plan: &Plan) {
         self.roots_pinned = plan.roots.pinned;
+        self.roots_held = plan.roots.held.len() as u64;
         self.bitmaps_wrong = plan.exactness.bitmaps_wrong;
         self.recipes_damaged = plan.exactness.recipes_damaged;
         self.bytes_reclaimable_left = plan.left_bytes + plan.dead_bytes + plan.rewritten_bytes;
@@ -400,10 +403,11 @@ impl<'a> Collector<'a> {
     fn delete_leaked(&mut self) -> Result<()> {
         let state = self.vm.state();
         let begin = self.session.begin_record();
+        let held = self.vm.held_roots()?;
         for (dead, bytes) in Left::find(&self.vm, &state, true)?.leaked {
             let key = key_of(&self.vm, &dead);
             let keep = match dead {
-                Dead::Root { id } => id.begin() >= begin || self.vm.backend().is_pinned(&key)?,
+                Dead::Root { id } => id.begin() >= begin || held.contains(&id) || self.vm.backend().is_pinned(&key)?,
                 Dead::Pack { object } => object.number.begin() >= begin || object.generation.0 >= begin.0,
             };
             if keep {

@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashSet};
 
 use roaring::RoaringTreemap;
 
+use crate::catalog::hold::holds_prefix;
 use crate::catalog::roots::{read_root, root_key};
 use crate::catalog::state::VmState;
 use crate::catalog::vm::Vm;
@@ -16,29 +17,36 @@ use crate::units::{Incarnation, PackNumber, RootId, SlotId};
 /// Root pages of a VM, sorted by whether anybody needs them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Roots {
-    /// Of snapshots and drafts, and condemned ones that a reader holds (I6).
+    /// Of snapshots and drafts, and condemned ones that a reader has open or a hold names (I6).
     pub live: BTreeSet<RootId>,
-    /// Condemned, and held by nobody.
+    /// Condemned, and needed by nobody.
     pub dead: Vec<RootId>,
-    /// Condemned ones that are live only because a reader holds them.
+    /// Condemned ones that are live only because a reader has them open.
     pub pinned: u64,
+    /// Condemned ones that are live because a hold names them.
+    pub held: BTreeSet<RootId>,
 }
 
 impl Roots {
-    /// The roots of a state. Cost: one look for a pin for each condemned root.
+    /// The roots of a state. Cost: a listing of the holds, one look for a pin for each other condemned root.
     ///
-    /// A reader pins first and then looks whether the log still has the file; here the log was read before pins are
-    /// asked for. So one of the two sees the other.
+    /// Who reads pins, and who clones puts a hold, and then looks whether the log still has the file; here the log was
+    /// read before holds are listed and pins are asked for. So one of the two sees the other.
     ///
     /// # Errors
-    /// `Unavailable`.
+    /// `Unavailable`, `Denied`.
     pub fn of(vm: &Vm, state: &VmState) -> Result<Self> {
         let mut roots = Self { live: state.files.values().map(|f| f.root).collect(), ..Self::default() };
+        // Named by their keys alone: a hold whose object is damaged keeps what it kept.
+        let held = vm.held_roots()?;
         for id in state.condemned.keys().copied() {
             if roots.live.contains(&id) {
                 continue;
             }
-            if vm.backend().is_pinned(&root_key(vm.name(), id))? {
+            if held.contains(&id) {
+                roots.live.insert(id);
+                roots.held.insert(id);
+            } else if vm.backend().is_pinned(&root_key(vm.name(), id))? {
                 roots.live.insert(id);
                 roots.pinned += 1;
             } else {
@@ -81,20 +89,20 @@ impl Walk<'_> {
     /// of the VM may be collected. `Unavailable`.
     pub fn live_slots(
         &self,
-        roots: &BTreeSet<RootId>,
+        roots: &Roots,
         within: &HashSet<PackNumber>,
         exactness: &mut Exactness,
     ) -> Result<RoaringTreemap> {
         let mut live = RoaringTreemap::new();
         let mut seen = RoaringTreemap::new();
-        for id in roots.iter().copied() {
-            let root =
-                read_root(&**self.vm.backend(), self.vm.name(), self.incarnation, id).map_err(|e| self.stop(id, e))?;
+        for id in roots.live.iter().copied() {
+            let stop = |e| self.stop(id, roots.held.contains(&id), e);
+            let root = read_root(&**self.vm.backend(), self.vm.name(), self.incarnation, id).map_err(stop)?;
             for group in &root.groups {
                 if !seen.insert(group.page.slot.0) {
                     continue;
                 }
-                let mut page = read_group(self.packs, &group.page).map_err(|e| self.stop(id, e))?;
+                let mut page = read_group(self.packs, &group.page).map_err(stop)?;
                 if self.exact {
                     self.add_recipes(&mut page, exactness);
                 }
@@ -109,15 +117,14 @@ impl Walk<'_> {
         Ok(live)
     }
 
-    fn stop(&self, root: RootId, error: Error) -> Error {
+    fn stop(&self, root: RootId, is_held: bool, error: Error) -> Error {
         let kind = match error.kind() {
             ErrorKind::NotFound | ErrorKind::Corrupt => ErrorKind::Corrupt,
             other => other,
         };
-        let key = root_key(self.vm.name(), root);
-        error
-            .as_kind(kind)
-            .within(format!("VM {:?}: nothing is collected: what {key} needs is not known", self.vm.name()))
+        let (vm, key) = (self.vm.name(), root_key(self.vm.name(), root));
+        let why = if is_held { format!(" (forgotten; {} names it)", holds_prefix(vm)) } else { String::new() };
+        error.as_kind(kind).within(format!("VM {vm:?}: nothing is collected: what {key}{why} needs is not known"))
     }
 
     /// G5: what the recipes use is live, whatever the bitmap says. What only the bitmap has stays live too.

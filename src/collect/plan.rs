@@ -190,7 +190,7 @@ impl Surveyed {
         // Each part counts the same pages anew.
         let mut found = Exactness::default();
         let walk = Walk { vm, packs, incarnation: state.incarnation, exact };
-        let live = walk.live_slots(&roots.live, &within, &mut found)?;
+        let live = walk.live_slots(roots, &within, &mut found)?;
         exactness.bitmaps_wrong = exactness.bitmaps_wrong.max(found.bitmaps_wrong);
         exactness.recipes_damaged = exactness.recipes_damaged.max(found.recipes_damaged);
         let surveys = part.iter().map(|held| survey(packs, held, &live)).collect();

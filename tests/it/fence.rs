@@ -53,7 +53,7 @@ type Hook = Box<dyn FnOnce() + Send>;
 
 /// A store as a process sees it that sleeps before its call number `at` while its lock is lost: every lock is free,
 /// and others do what they do in that time.
-struct Asleep {
+pub struct Asleep {
     inner: Memory,
     at: usize,
     shared: Arc<Shared>,
@@ -77,7 +77,7 @@ impl Shared {
 }
 
 impl Asleep {
-    fn new(inner: Memory, at: usize, meanwhile: impl FnOnce() + Send + 'static) -> Self {
+    pub fn new(inner: Memory, at: usize, meanwhile: impl FnOnce() + Send + 'static) -> Self {
         let meanwhile = Mutex::new(Some(Box::new(meanwhile) as Hook));
         Self { inner, at, shared: Arc::new(Shared { calls: AtomicUsize::new(0), at, meanwhile }) }
     }
@@ -87,7 +87,7 @@ impl Asleep {
         Self::new(inner, usize::MAX, || {})
     }
 
-    fn has_slept(&self) -> bool {
+    pub fn has_slept(&self) -> bool {
         self.shared.meanwhile.lock().unwrap().is_none()
     }
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use snapfs::backend::testing::Memory;
 use snapfs::backend::{Backend, Key};
+use snapfs::catalog::hold::{Hold, HoldId, hold_key};
 use snapfs::catalog::record::{
     Attributes, Changes, Commit, Op, PackEntry, Record, Target, checkpoint_object, open_checkpoint,
 };
@@ -19,6 +20,7 @@ use snapfs::error::{Error, ErrorKind};
 use snapfs::fingerprint::{digest, fingerprint, short};
 use snapfs::format::{ENVELOPE_BYTES, ObjectKind, VERSION, envelop, open_envelope};
 use snapfs::limits;
+use snapfs::name::VmName;
 use snapfs::pack::Content;
 use snapfs::pack::frame::{CODEC_RAW, CODEC_ZSTD, FRAME_ROW_BYTES, FrameRow, RECIPE_PREFIX_BYTES, join_slots};
 use snapfs::pack::index::{HEADER_BYTES, Identity, PackIndex, TRAILER_BYTES, parse_object_name};
@@ -214,6 +216,22 @@ fn records() -> Vec<(&'static str, Record)> {
     ]
 }
 
+fn hold() -> Hold {
+    Hold {
+        incarnation: INCARNATION,
+        id: HoldId { root: ROOT, mark: 0xfedc_ba98_7654_3210 },
+        file: FILE,
+        created: after(5),
+        owner: "host1: clone web01-monday".into(),
+    }
+}
+
+#[test]
+fn a_hold_is_as_written() {
+    same("hold", &hold().to_object());
+    assert_eq!(Hold::from_object(&block("hold")).unwrap(), hold());
+}
+
 fn state() -> VmState {
     let mut state = VmState::default();
     records().iter().for_each(|(_, record)| state.apply(record).unwrap());
@@ -381,11 +399,14 @@ fn the_examples_are_a_store() {
         put(&record_key("web01", RecordNumber(number)), &block(name));
     }
     put(&checkpoint_key("web01", RecordNumber(3)), &block("checkpoint"));
+    put(&hold_key("web01", hold().id), &block("hold"));
     for key in memory.objects().keys() {
         assert!(PAGE.contains(&format!("`{key}`")), "docs/FORMAT.md does not name {key}");
     }
     let clock = Arc::new(ManualClock::at(after(10)));
     let store = Store::with_backend(Arc::new(memory), None, clock, MemoryShares::default()).unwrap();
+    let (vm, _) = store.vm(&VmName::new("web01").unwrap()).unwrap();
+    assert_eq!(vm.holds().unwrap(), [hold()]);
     let bytes = crate::world::get(&store, "web01/monday.img").unwrap();
     assert_eq!(bytes, [image_block(), vec![0; 4096]].concat());
 }
@@ -420,6 +441,8 @@ fn limits_and_sizes_are_as_written() {
         ("LOG_RECORD_BYTES_MAX", limits::LOG_RECORD_BYTES_MAX),
         ("ROOT_PAGE_BYTES_MAX", limits::ROOT_PAGE_BYTES_MAX),
         ("FILES_PER_VM_MAX", limits::FILES_PER_VM_MAX as u64),
+        ("HOLD_BYTES_MAX", limits::HOLD_BYTES_MAX),
+        ("HOLD_OWNER_BYTES_MAX", limits::HOLD_OWNER_BYTES_MAX as u64),
         ("SERIALS_PER_BEGIN", u64::from(limits::SERIALS_PER_BEGIN)),
         ("FRAME_BLOCKS", u64::from(limits::FRAME_BLOCKS)),
         ("RECIPE_FRAME_BYTES", limits::RECIPE_FRAME_BYTES as u64),
@@ -448,6 +471,7 @@ fn names_of_objects_are_as_written() {
     assert_eq!(record_key("web01", RecordNumber(3)).as_str(), "vms/web01/log/0000000003");
     assert_eq!(pack_key("web01", first(DATA_PACK)).as_str(), "vms/web01/packs/000000020001.0.pack");
     assert_eq!(root_key("web01", ROOT).as_str(), "vms/web01/snapshots/000000020003.snap");
+    assert_eq!(hold_key("web01", hold().id).as_str(), "vms/web01/holds/000000020003.fedcba9876543210");
     for other in
         ["20001.0.pack", "000000020001.00.pack", "00000002000A.0.pack", "000000020001.pack", "+00000020001.0.pack"]
     {
@@ -483,6 +507,7 @@ fn newer_objects_are_refused_by_name() {
             refused(Record::from_object(&newer(name)), words);
         }
         refused(open_checkpoint(&newer("checkpoint")), words);
+        refused(Hold::from_object(&newer("hold")), words);
         refused(open_root(&newer("root-page"), INCARNATION, ROOT), words);
         refused(open_envelope(ObjectKind::Config, &newer("config-record")), words);
         for name in ["pack-data", "pack-recipes"] {

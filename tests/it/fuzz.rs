@@ -65,6 +65,12 @@ fn valid_encodings() -> Vec<(String, Vec<u8>)> {
                 add("root_page", &bytes[40..]);
                 add("envelope", &bytes);
             }
+            "hold" => {
+                add("hold", &bytes);
+                add("hold", &bytes[40..]);
+                add("hold", b"000000020003.fedcba9876543210");
+                add("envelope", &bytes);
+            }
             "group-page" => add("group_page", &bytes),
             "recipe" => add("recipe", &bytes),
             "pack-data" | "pack-recipes" => add("pack_header", &bytes[..HEADER_BYTES]),

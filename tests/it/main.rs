@@ -17,6 +17,7 @@ mod docs;
 mod fence;
 mod format;
 mod fuzz;
+mod hold;
 mod invariants;
 mod manual;
 mod model;

@@ -34,11 +34,14 @@ pub enum ObjectKind {
     Checkpoint = 5,
     /// What keeps a snapshot although it is forgotten.
     Hold = 6,
+    /// A popular index.
+    Popular = 7,
 }
 
 impl ObjectKind {
     /// Every kind that there is in this version.
-    pub const ALL: [Self; 6] = [Self::Record, Self::Root, Self::Pack, Self::Config, Self::Checkpoint, Self::Hold];
+    pub const ALL: [Self; 7] =
+        [Self::Record, Self::Root, Self::Pack, Self::Config, Self::Checkpoint, Self::Hold, Self::Popular];
 }
 
 /// The 16 bytes that magic, kind, version and features take at the start of every object.

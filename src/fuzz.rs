@@ -18,6 +18,7 @@ use crate::name::SnapshotName;
 use crate::pack::Content;
 use crate::pack::frame::{CODEC_RAW, Checksum, FrameRow, RECIPE_PREFIX_BYTES, decompress, join_slots, slot_range};
 use crate::pack::index::{HEADER_BYTES, Identity, PackIndex, TRAILER_BYTES};
+use crate::popular::index::PopularIndex;
 use crate::recipe::{GroupPage, Recipe, RootPage};
 use crate::store::config::{ConfigRecord, StoreConfig};
 use crate::wire::{decode, encode};
@@ -36,6 +37,7 @@ pub const ALL: &[(&str, Entry)] = &[
     ("pack_header", pack_header),
     ("pack_tail", pack_tail),
     ("frame", frame),
+    ("popular_index", popular_index),
     ("config_text", config_text),
     ("change_map", change_map),
     ("partition_table", partition_table),
@@ -183,6 +185,17 @@ fn slots_of(row: &FrameRow, raw: &[u8]) {
         if let Ok(range) = slot_range(Content::Data, raw, rank, count) {
             assert!(range.end <= raw.len() && range.len() == BLOCK_BYTES, "frame: a block reaches over its end");
         }
+    }
+}
+
+/// A popular index. Every entry is found under any fingerprint that begins as it says.
+pub fn popular_index(bytes: &[u8]) {
+    if let Ok(index) = PopularIndex::decode(bytes) {
+        assert!(index.encode() == bytes, "popular index: other bytes come back");
+        assert!(index.slots().count() as u64 == index.entries(), "popular index: entries are not counted right");
+        assert!(index.slots().all(|slot| slot.pack().is_common()), "popular index: a slot of a VM");
+        let again = index.retain(|_| true).and_then(|builder| builder.encode(index.identity()));
+        assert!(again.is_ok_and(|again| again == bytes), "popular index: other bytes are built");
     }
 }
 

@@ -27,6 +27,8 @@ pub mod similarity;
 
 pub mod dedup;
 
+pub mod popular;
+
 pub mod pack;
 
 pub mod recipe;

@@ -78,6 +78,21 @@ pub const SERIALS_PER_BEGIN: u32 = 1 << 16;
 /// Snapshots and drafts of one VM.
 pub const FILES_PER_VM_MAX: usize = 1 << 20;
 
+/// Entries of a popular index: 1 TiB of popular blocks, 2 GiB of memory. Elections choose far less.
+pub const POPULAR_ENTRIES_MAX: u64 = 1 << 28;
+
+/// Entries of a bucket of a popular index, on average, at the most: two cache lines to look through.
+pub const POPULAR_BUCKET_ENTRIES: u64 = 16;
+
+/// Entries of one bucket: their count is a byte. Far more than chance gives; who forges fingerprints gets no further.
+pub const POPULAR_BUCKET_ENTRIES_MAX: usize = 255;
+
+/// Buckets of a chunk of a popular index, which is read and checked as a whole: 70 to 120 KiB.
+pub const POPULAR_CHUNK_BUCKETS: usize = 1024;
+
+/// Packs that a popular index refers to: their number within it has three bytes.
+pub const POPULAR_PACKS_MAX: u32 = 1 << 24;
+
 /// Default cap of resident memory: `--max-memory`.
 pub const MEMORY_BYTES_DEFAULT: u64 = 256 << 20;
 

@@ -10,6 +10,15 @@ use crate::limits::{BLOCK_BYTES, GROUP_SEGMENTS, PACK_SLOTS_MAX, SEGMENT_BYTES};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct Incarnation(pub [u8; 16]);
 
+/// Whose blocks may be shared: a digest of the name of a VM's group, zeros for the group of all VMs that have none.
+/// Deduplication between VMs never crosses groups, so that it tells nobody what another group has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct VmGroup(pub [u8; 16]);
+
+/// The number of an election, from 1: it names the popular index that was published with it. 0 is before the first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct Epoch(pub u64);
+
 /// The number of a log record of a VM, from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
 pub struct RecordNumber(pub u32);
@@ -43,6 +52,12 @@ impl Serial {
     /// Whether it fits the 48 bits that a serial has.
     pub fn is_valid(self) -> bool {
         self.0 < 1 << 48
+    }
+
+    /// Whether it numbers a common pack, which VMs share: these have the top bit, which no begin record of a VM
+    /// reaches.
+    pub fn is_common(self) -> bool {
+        self.0 >> 47 == 1
     }
 }
 

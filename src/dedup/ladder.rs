@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 
-use crate::dedup::popular::PopularIndex;
 use crate::fingerprint::Fingerprint;
 use crate::pack::reader::SlotPage;
 use crate::recipe::Tally;
@@ -76,6 +75,11 @@ impl Held {
         self.pages.iter().any(|p| p.pack == number && p.slots.binary_search(&slot.slot()).is_ok())
     }
 
+    /// Whether a block of this fingerprint is held.
+    pub fn holds(&self, print: &Fingerprint) -> bool {
+        self.by_print.contains_key(print)
+    }
+
     /// Pages held.
     pub fn len(&self) -> usize {
         self.pages.len()
@@ -100,14 +104,14 @@ impl Held {
 }
 
 /// Plans one segment. `prints` has one fingerprint per block (`None`: zeros), `same_place` what the parent has at
-/// the same place, `session` the writer's begin record, whose packs hold the snapshot being written.
+/// the same place, `held` pages of slot tables of this VM's packs and of common packs (level 3), `session` the writer's
+/// begin record, whose packs hold the snapshot being written.
 ///
 /// Cost: linear in the blocks.
 pub fn plan(
     prints: &[Option<Fingerprint>],
     same_place: &[Option<(SlotId, Fingerprint)>],
     held: &Held,
-    popular: &PopularIndex,
     session: RecordNumber,
 ) -> Plan {
     let mut origins = Vec::with_capacity(prints.len());
@@ -133,7 +137,9 @@ pub fn plan(
                     tally.blocks_same_place += 1;
                     Origin::Held(slot)
                 } else if let Some(slot) = place.and_then(|(page, position)| held.slot_at(page, position)) {
-                    if slot.pack().begin() == session {
+                    if slot.pack().is_common() {
+                        tally.blocks_popular += 1;
+                    } else if slot.pack().begin() == session {
                         tally.blocks_repeated += 1;
                     } else {
                         tally.blocks_similar += 1;
@@ -142,9 +148,6 @@ pub fn plan(
                 } else if let Some(first) = new.get(print) {
                     tally.blocks_repeated += 1;
                     Origin::Repeats(*first)
-                } else if let Some(slot) = popular.lookup(print) {
-                    tally.blocks_popular += 1;
-                    Origin::Held(slot)
                 } else {
                     tally.blocks_new += 1;
                     new.insert(*print, block as u16);
@@ -198,6 +201,9 @@ mod tests {
         })
     }
 
+    /// The number of a common pack.
+    const COMMON: u64 = 1 << 47;
+
     fn slot(pack: u64, slot: u16) -> SlotId {
         SlotId::new(Serial(pack), slot)
     }
@@ -207,7 +213,7 @@ mod tests {
         let mut held = Held::default();
         held.add(page(1, 10, 100..104));
         held.add(page(7 << 16, 0, 200..202));
-        let popular = PopularIndex::new(vec![(print(300), slot(9, 9))]);
+        held.add(page(COMMON, 9, 300..302));
         let prints = [
             None,
             Some(print(1)),
@@ -219,10 +225,10 @@ mod tests {
             Some(print(5)),
         ];
         let same = [None, Some((slot(3, 3), print(1))), Some((slot(3, 4), print(9)))];
-        let plan = plan(&prints, &same, &held, &popular, RecordNumber(7));
+        let plan = plan(&prints, &same, &held, RecordNumber(7));
         let at = |pack, number| Origin::Held(slot(pack, number));
         let (zero, new, repeats) = (Origin::Zero, Origin::New, Origin::Repeats(6));
-        let want = [zero, at(3, 3), at(1, 11), at(1, 12), at(7 << 16, 0), at(9, 9), new, repeats];
+        let want = [zero, at(3, 3), at(1, 11), at(1, 12), at(7 << 16, 0), at(COMMON, 9), new, repeats];
         assert_eq!(plan.origins, want);
         let t = &plan.tally;
         assert_eq!(
@@ -236,10 +242,10 @@ mod tests {
         let mut held = Held::default();
         held.add(page(1, 10, 100..104));
         let prints: Vec<_> = (98..108).map(|n| Some(print(n))).collect();
-        let first = plan(&prints, &[], &held, &PopularIndex::default(), RecordNumber(7));
+        let first = plan(&prints, &[], &held, RecordNumber(7));
         assert_eq!(first.wanted, [slot(1, 9), slot(1, 14)]);
         held.add(page(1, 14, 104..108));
-        let second = plan(&prints, &[], &held, &PopularIndex::default(), RecordNumber(7));
+        let second = plan(&prints, &[], &held, RecordNumber(7));
         assert_eq!(second.wanted, [slot(1, 9)]);
         assert_eq!(second.tally.blocks_new, 2);
     }
@@ -250,7 +256,7 @@ mod tests {
         held.add(page(1, 0, 50..51));
         held.add(page(2, 20, 49..52));
         let prints: Vec<_> = (49..52).map(|n| Some(print(n))).collect();
-        let plan = plan(&prints, &[], &held, &PopularIndex::default(), RecordNumber(7));
+        let plan = plan(&prints, &[], &held, RecordNumber(7));
         assert_eq!(plan.origins, [Origin::Held(slot(2, 20)), Origin::Held(slot(2, 21)), Origin::Held(slot(2, 22))]);
     }
 }

@@ -1,4 +1,3 @@
 //! Deciding where the blocks of a segment come from. Pure: bytes and hints in, a plan out; no I/O, no clock.
 
 pub mod ladder;
-pub mod popular;

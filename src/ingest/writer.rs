@@ -22,6 +22,9 @@ use crate::units::{FileId, Grid, RootId, SegmentIndex, SlotId};
 /// Pages of slot tables that one segment is compared with, at the most: 8 192 blocks.
 const PAGES_MAX: usize = 64;
 
+/// Pages of common packs beside them: in the worst case every block is popular and alone on its page.
+const POPULAR_PAGES_MAX: usize = SEGMENT_BLOCKS;
+
 /// How often a plan is made again with further pages.
 const ROUNDS_MAX: usize = 4;
 
@@ -245,36 +248,67 @@ impl Writer {
             }
         }
         let session = self.session.begin_record();
-        let popular = self.session.popular();
-        let mut planned = plan(prints, &same_place, &held, popular, session);
+        let mut planned = plan(prints, &same_place, &held, session);
         let mut asked_similar = false;
         for _ in 0..ROUNDS_MAX {
             let mut wanted = std::mem::take(&mut planned.wanted);
             if !asked_similar && planned.tally.blocks_new > 0 {
                 asked_similar = true;
-                let is_new = planned.origins.iter().map(|o| *o == Origin::New);
-                let hooks: Vec<u64> =
-                    prints.iter().zip(is_new).filter(|(_, new)| *new).filter_map(|(p, _)| p.as_ref()?.hook()).collect();
+                let hooks: Vec<u64> = left(prints, &planned).filter_map(|print| print.hook()).collect();
                 wanted.extend(self.session.look_up(&hooks));
             }
-            let before = held.len();
-            for slot in wanted {
-                if held.len() >= PAGES_MAX {
-                    break;
-                }
-                if !self.session.is_absent(slot.pack())
-                    && !held.has(slot)
-                    && let Ok(Some(page)) = packs.page_of(slot)
-                {
-                    held.add(page);
-                }
-            }
-            if held.len() == before {
+            if !self.add_pages(&mut held, &wanted, PAGES_MAX) {
                 break;
             }
-            planned = plan(prints, &same_place, &held, popular, session);
+            planned = plan(prints, &same_place, &held, session);
+        }
+        let pages_max = held.len() + POPULAR_PAGES_MAX;
+        let mut grew = self.add_popular(&mut held, prints, &planned);
+        for _ in 0..ROUNDS_MAX {
+            if !grew {
+                break;
+            }
+            planned = plan(prints, &same_place, &held, session);
+            grew = self.add_pages(&mut held, &planned.wanted, pages_max);
         }
         planned
+    }
+
+    /// Adds the pages of these slots; whether there was any.
+    fn add_pages(&self, held: &mut Held, wanted: &[SlotId], pages_max: usize) -> bool {
+        let before = held.len();
+        for slot in wanted {
+            if held.len() >= pages_max {
+                break;
+            }
+            if !self.session.is_absent(slot.pack())
+                && !held.has(*slot)
+                && let Ok(Some(page)) = self.session.packs().page_of(*slot)
+            {
+                held.add(page);
+            }
+        }
+        held.len() > before
+    }
+
+    /// W6: adds the pages of common packs that hold blocks that would be new; whether there was any.
+    fn add_popular(&self, held: &mut Held, prints: &[Option<Fingerprint>], planned: &Plan) -> bool {
+        let before = held.len();
+        for print in left(prints, planned) {
+            if held.holds(print) {
+                continue;
+            }
+            for slot in self.session.popular_hints(print) {
+                // A hint that its page does not confirm is chance, or another epoch's.
+                if let Ok(Some(page)) = self.session.packs().page_of(slot)
+                    && page.fingerprint_of(slot.slot()) == Some(*print)
+                {
+                    held.add(page);
+                    break;
+                }
+            }
+        }
+        held.len() > before
     }
 
     /// Lets the tree write pages that do not fit into memory.
@@ -359,6 +393,12 @@ impl Writer {
             }
         }
     }
+}
+
+/// The fingerprints of the blocks that a plan calls new.
+fn left<'a>(prints: &'a [Option<Fingerprint>], planned: &'a Plan) -> impl Iterator<Item = &'a Fingerprint> {
+    let new = prints.iter().zip(&planned.origins).filter(|(_, origin)| **origin == Origin::New);
+    new.filter_map(|(print, _)| print.as_ref())
 }
 
 /// What the parent offers for a segment.

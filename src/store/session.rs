@@ -8,16 +8,16 @@ use crate::backend::{Guard, Key};
 use crate::catalog::record::{Op, PackEntry};
 use crate::catalog::state::VmState;
 use crate::catalog::vm::{Vm, fill_random, pack_key};
-use crate::dedup::popular::PopularIndex;
 use crate::error::{Error, Result, busy};
 use crate::fingerprint::Fingerprint;
 use crate::limits::SLOT_PAGE_FINGERPRINTS;
 use crate::pack::Content;
 use crate::pack::index::parse_object_name;
 use crate::pack::reader::{Packs, read_slot_page};
+use crate::popular::index::PopularIndex;
 use crate::similarity::SimilarityIndex;
 use crate::store::{Store, lock_key};
-use crate::units::{PackNumber, RecordNumber, Serial, SlotId};
+use crate::units::{PackNumber, RecordNumber, Serial, SlotId, VmGroup};
 
 /// How often a lock that is held is tried, and the pause between: two seconds in all.
 const LOCK_TRIES: usize = 40;
@@ -31,7 +31,8 @@ pub struct Session {
     holder: [u8; 16],
     absent: HashSet<PackNumber>,
     similar: Mutex<Option<SimilarityIndex>>,
-    popular: PopularIndex,
+    group: VmGroup,
+    popular: Option<Arc<PopularIndex>>,
     _lock: Box<dyn Guard>,
 }
 
@@ -83,7 +84,8 @@ impl Session {
             holder,
             absent,
             similar: Mutex::new(None),
-            popular: PopularIndex::default(),
+            group: VmGroup::default(),
+            popular: None,
             _lock: guard,
         })
     }
@@ -172,9 +174,9 @@ impl Session {
         self.absent.contains(&pack)
     }
 
-    /// The popular index that this writer sees.
-    pub fn popular(&self) -> &PopularIndex {
-        &self.popular
+    /// W6: the common slots that may hold the block of a fingerprint: hints. Memory only.
+    pub fn popular_hints(&self, print: &Fingerprint) -> Vec<SlotId> {
+        self.popular.iter().flat_map(|index| index.candidates(self.group, print)).collect()
     }
 
     /// W9: remembers the hooks of blocks that were stored.

@@ -26,10 +26,13 @@ use snapfs::pack::frame::{CODEC_RAW, CODEC_ZSTD, FRAME_ROW_BYTES, FrameRow, RECI
 use snapfs::pack::index::{HEADER_BYTES, Identity, PackIndex, TRAILER_BYTES, parse_object_name};
 use snapfs::pack::reader::check_of;
 use snapfs::pack::writer::{PackWriter, PackedFrame};
+use snapfs::popular::index::{
+    IndexBuilder, IndexIdentity, POPULAR_ENTRY_BYTES, POPULAR_HEADER_BYTES, POPULAR_PACK_BYTES, PopularIndex, index_key,
+};
 use snapfs::recipe::{Extent, GroupPage, GroupRef, Place, Recipe, RootPage, Tally};
 use snapfs::store::config::{self, ConfigRecord, StoreConfig};
 use snapfs::store::{MemoryShares, Store};
-use snapfs::units::{Generation, Incarnation, ObjectId, RecordNumber, Serial, SlotId};
+use snapfs::units::{Epoch, Generation, Incarnation, ObjectId, RecordNumber, Serial, SlotId, VmGroup};
 use snapfs::wire::{decode, encode};
 
 const PAGE: &str = include_str!("../../docs/FORMAT.md");
@@ -411,6 +414,20 @@ fn the_examples_are_a_store() {
     assert_eq!(bytes, [image_block(), vec![0; 4096]].concat());
 }
 
+#[test]
+fn a_popular_index_is_as_written() {
+    let identity = IndexIdentity { incarnation: INCARNATION, epoch: Epoch(1) };
+    let pack = Serial((1 << 47) | (1 << 16));
+    let mut builder = IndexBuilder::default();
+    for (slot, byte) in [(0, b'B'), (1, b'C')] {
+        builder.add(VmGroup::default(), &fingerprint(&[byte; 4096]), SlotId::new(pack, slot)).unwrap();
+    }
+    let bytes = builder.encode(identity).unwrap();
+    same("popular-index", &bytes);
+    assert_eq!(PopularIndex::decode(&bytes).unwrap().encode(), bytes);
+    assert_eq!(index_key(Epoch(1)).as_str(), "common/popular/0000000001.popular");
+}
+
 /// Rows of the tables whose first cell is a name in backquotes and whose second is a number.
 fn table(heading: &str) -> BTreeMap<String, u64> {
     let section = PAGE.split("\n## ").find(|s| s.starts_with(heading)).unwrap_or_else(|| panic!("no {heading}"));
@@ -453,11 +470,19 @@ fn limits_and_sizes_are_as_written() {
         ("FRAME_ROW_BYTES", FRAME_ROW_BYTES as u64),
         ("RECIPE_PREFIX_BYTES", RECIPE_PREFIX_BYTES as u64),
         ("VERSION", u64::from(VERSION)),
+        ("POPULAR_ENTRIES_MAX", limits::POPULAR_ENTRIES_MAX),
+        ("POPULAR_PACKS_MAX", u64::from(limits::POPULAR_PACKS_MAX)),
+        ("POPULAR_BUCKET_ENTRIES", limits::POPULAR_BUCKET_ENTRIES),
+        ("POPULAR_BUCKET_ENTRIES_MAX", limits::POPULAR_BUCKET_ENTRIES_MAX as u64),
+        ("POPULAR_CHUNK_BUCKETS", limits::POPULAR_CHUNK_BUCKETS as u64),
+        ("POPULAR_HEADER_BYTES", POPULAR_HEADER_BYTES as u64),
+        ("POPULAR_PACK_BYTES", POPULAR_PACK_BYTES as u64),
+        ("POPULAR_ENTRY_BYTES", POPULAR_ENTRY_BYTES as u64),
     ]
     .into_iter()
     .map(|(name, value)| (name.to_owned(), value))
     .collect();
-    assert_eq!(table("13. Limits"), code);
+    assert_eq!(table("14. Limits"), code);
 }
 
 #[test]

@@ -6,12 +6,14 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use snapfs::fingerprint::short;
+use snapfs::fingerprint::{fingerprint, short};
 use snapfs::fuzz::ALL;
 use snapfs::pack::Content;
 use snapfs::pack::frame::slot_range;
 use snapfs::pack::index::{HEADER_BYTES, PackIndex, TRAILER_BYTES};
+use snapfs::popular::index::{IndexBuilder, IndexIdentity};
 use snapfs::recipe::GroupPage;
+use snapfs::units::{Epoch, Incarnation, Serial, SlotId, VmGroup};
 
 use crate::format::{blocks, snapfs_toml};
 use crate::world::{Rng, World, noise, put};
@@ -76,6 +78,7 @@ fn valid_encodings() -> Vec<(String, Vec<u8>)> {
             "pack-data" | "pack-recipes" => add("pack_header", &bytes[..HEADER_BYTES]),
             "pack-data-tail" | "pack-recipes-tail" => add("pack_tail", &bytes),
             "frame-recipes" => add("frame", &bytes),
+            "popular-index" => add("popular_index", &bytes),
             _ => {}
         }
     }
@@ -117,6 +120,13 @@ fn valid_encodings() -> Vec<(String, Vec<u8>)> {
             }
         }
     }
+    let mut builder = IndexBuilder::default();
+    for n in 0..600_u64 {
+        let slot = SlotId::new(Serial(1 << 47 | n / 100), (n % 100) as u16);
+        builder.add(VmGroup([(n / 300) as u8; 16]), &fingerprint(&n.to_le_bytes()), slot).unwrap();
+    }
+    let identity = IndexIdentity { incarnation: Incarnation([1; 16]), epoch: Epoch(1) };
+    add("popular_index", &builder.encode(identity).unwrap());
     add("config_text", snapfs_toml().as_bytes());
     add("config_text", b"format = 1\nfeatures = [[[[[[[[]]]]]]]]\na.b.c.d = {e = {f = 1}}\n");
     let map = r#"[{"start": 0, "length": 4096, "data": true, "depth": 0}, {"start": 4096, "length": 1048576,
@@ -198,11 +208,14 @@ fn mutate(rng: &mut Rng, bytes: &mut Vec<u8>, seeds: &[&Vec<u8>]) {
     }
 }
 
-/// Makes the length and the checksum of an envelope right, or those of a pack's header or tail.
+/// Makes the length and the checksum of an envelope right, or those of a pack's header or tail, or of a popular index.
 fn set_checksums(bytes: &mut [u8]) {
+    if bytes.starts_with(b"SNAPFS\r\n\x07") {
+        return set_popular_checksums(bytes);
+    }
     if bytes.len() >= TRAILER_BYTES {
         let (index, trailer) = bytes.split_at_mut(bytes.len() - TRAILER_BYTES);
-        if trailer.starts_with(b"SNAPFS\r\n") {
+        if trailer.starts_with(b"SNAPFS\r\n\x03") {
             let header = short(b"snapfs pack header", &[&trailer[..HEADER_BYTES - 16]]);
             trailer[HEADER_BYTES - 16..HEADER_BYTES].copy_from_slice(&header);
             trailer[HEADER_BYTES + 16..HEADER_BYTES + 20].copy_from_slice(&(index.len() as u32).to_le_bytes());
@@ -221,4 +234,26 @@ fn set_checksums(bytes: &mut [u8]) {
         let checksum = short(b"snapfs object", &[&bytes[..16], &length, &bytes[40..]]);
         bytes[24..40].copy_from_slice(&checksum);
     }
+}
+
+/// The checksums of a popular index, as far as its bytes reach.
+fn set_popular_checksums(bytes: &mut [u8]) {
+    let mut set = |from: usize, count: usize, context: &[u8], place: &[u8]| {
+        let part = bytes.get(from..from + count)?.to_vec();
+        let checksum = if place.is_empty() { short(context, &[&part]) } else { short(context, &[place, &part]) };
+        bytes.get_mut(from + count..from + count + 16)?.copy_from_slice(&checksum);
+        Some(bytes.to_vec())
+    };
+    let Some(after) = set(0, 52, b"snapfs popular header", &[]) else { return };
+    let place = after[16..40].to_vec();
+    let entries = u64::from_le_bytes(after[40..48].try_into().unwrap());
+    let packs = u32::from_le_bytes(after[48..52].try_into().unwrap()) as usize;
+    if packs > 1000 || entries > 16 * 1024 || set(68, packs * 24, b"snapfs popular packs", &place).is_none() {
+        return;
+    }
+    let buckets = entries.div_ceil(16).next_power_of_two() as usize;
+    let from = 84 + packs * 24;
+    let counts = after.get(from..from + buckets).unwrap_or_default();
+    let count: usize = counts.iter().map(|c| usize::from(*c)).sum();
+    set(from, buckets + count * 7, b"snapfs popular chunk", &[&place[..], &[0; 4]].concat());
 }

@@ -6,6 +6,7 @@
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,7 +18,7 @@ use fuser::{
     Filesystem, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, MountOption,
     OpenAccMode, OpenFlags, PollEvents, PollFlags, PollNotifier, RenameFlags, ReplyAttr, ReplyBmap, ReplyCreate,
     ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs,
-    ReplyWrite, ReplyXattr, Request, SessionACL, TimeOrNow, WriteFlags,
+    ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
 };
 
 use crate::clock::{Clock, SystemClock, Timestamp};
@@ -57,10 +58,12 @@ thread_local! {
 }
 
 /// What a mount is asked for.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct MountSettings {
-    /// An existing folder, as an absolute path.
+    /// An existing folder, as an absolute path; with `device` only what messages call it.
     pub mountpoint: PathBuf,
+    /// An open `/dev/fuse` that somebody has mounted already, for us to serve.
+    pub device: Option<OwnedFd>,
     /// What the mount table shows as the source: the store's path.
     pub fsname: String,
     /// The kernel refuses changes.
@@ -113,8 +116,15 @@ pub fn mount(fs: Arc<MountedStore>, settings: &MountSettings) -> Result<Mounted>
     config.n_threads = Some(settings.threads.max(1));
     // A clone needs the device itself, which a user who mounts through fusermount3 may not be allowed to open.
     config.clone_fd = std::fs::File::options().read(true).write(true).open("/dev/fuse").is_ok();
-    let session = fuser::spawn_mount(Adapter::new(fs), &settings.mountpoint, &config)
-        .map_err(|e| Error::io(format!("mount {}", settings.mountpoint.display()), e))?;
+    let adapter = Adapter::new(fs);
+    let session = match &settings.device {
+        None => fuser::spawn_mount(adapter, &settings.mountpoint, &config),
+        Some(device) => device
+            .try_clone()
+            .and_then(|device| Session::from_fd(adapter, device, config.acl, config))
+            .and_then(Session::spawn),
+    };
+    let session = session.map_err(|e| Error::io(format!("mount {}", settings.mountpoint.display()), e))?;
     Ok(Mounted { session, mountpoint: settings.mountpoint.clone() })
 }
 

@@ -21,6 +21,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 
 use crate::cli::mountinfo::{self, SNAPFS_TYPE};
+use crate::cli::supervisor;
 use crate::cli::umount::{How, is_dead, unmount};
 use crate::clock::SystemClock;
 use crate::error::{Error, ErrorKind, Result};
@@ -109,10 +110,11 @@ pub(super) fn run(in_background: bool, assignment: impl FnOnce() -> Result<Assig
     }
     match assignment().and_then(|assignment| Session::begin(assignment, in_background)) {
         Ok(session) => {
+            supervisor::ready(&format!("serving {}", session.about));
             if in_background && tell(&News::Ready).is_err() {
                 // Whoever wanted the mount was stopped before it was there.
                 log::warn!("nobody waits for the mount any more: unmounting");
-                session.place.leave();
+                session.leave();
             }
             session.serve()
         }
@@ -158,10 +160,14 @@ enum End {
 /// A mount being served.
 struct Session {
     fs: Arc<MountedStore>,
-    place: Place,
+    /// The store and the mountpoint.
+    about: String,
+    /// `None` when somebody else has mounted: then only they can unmount.
+    place: Option<Place>,
     ticker: Ticker,
     signals: SignalThread,
     end: Receiver<End>,
+    cut: Sender<End>,
 }
 
 impl Session {
@@ -174,34 +180,47 @@ impl Session {
         let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(|e| Error::io("signals", e))?;
         let store = Store::open(&store, Arc::new(SystemClock::new()), shares)?;
         let fs = MountedStore::new(Arc::new(store), options);
+        let about = format!("{} at {}", settings.fsname, settings.mountpoint.display());
         let mounted = fuse::mount(fs.clone(), &settings)?;
-        let place = Place::find(&settings.mountpoint)?;
-        place.set_read_ahead();
+        let place = if settings.device.is_none() { Some(Place::find(&settings.mountpoint)?) } else { None };
+        if let Some(place) = &place {
+            place.set_read_ahead();
+        }
         let ticker = Ticker::start(fs.clone())?;
         let (ended, end) = mpsc::channel();
         let signals = SignalThread::start(signals, place.clone(), !in_background, ended.clone())?;
+        let cut = ended.clone();
         spawn("session", move || {
             // Nobody listens any more after a cut.
             let _ = ended.send(End::Served(mounted.join()));
         })?;
-        Ok(Self { fs, place, ticker, signals, end })
+        Ok(Self { fs, about, place, ticker, signals, end, cut })
+    }
+
+    /// Ends the mount as a signal does.
+    fn leave(&self) {
+        leave(self.place.as_ref(), &self.cut);
     }
 
     fn serve(self) -> Result<()> {
         let end = self.end.recv();
+        supervisor::stopping("committing");
         let cut = matches!(end, Ok(End::Cut));
         let served = match end {
             Ok(End::Served(served)) => served,
             Ok(End::Cut) => {
-                log::warn!("{}: ending with files open", self.place.mountpoint.display());
+                match &self.place {
+                    Some(place) => log::warn!("{}: ending with files open", place.mountpoint.display()),
+                    None => log::warn!("ending while still mounted: whoever has mounted has to unmount"),
+                }
                 Ok(())
             }
             Err(e) => Err(Error::new(ErrorKind::Unavailable, "session thread").because(e)),
         };
         // At once: from here on the mountpoint and the device number may be those of somebody else's mount.
         self.signals.stop();
-        if !cut {
-            self.place.clean_up();
+        if let Some(place) = self.place.filter(|_| !cut) {
+            place.clean_up();
         }
         self.ticker.stop();
         // Even when the connection broke: what was written is to be kept.
@@ -283,6 +302,14 @@ impl Place {
     }
 }
 
+/// Unmounts; where only others can, service ends all the same.
+fn leave(place: Option<&Place>, ended: &Sender<End>) {
+    match place {
+        Some(place) => place.leave(),
+        None => drop(ended.send(End::Cut)),
+    }
+}
+
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
     std::thread::Builder::new().name(name.to_owned()).spawn(work).map_err(|e| Error::io(format!("thread {name}"), e))
 }
@@ -319,7 +346,7 @@ struct SignalThread {
 
 impl SignalThread {
     /// With `has_terminal` the end of the terminal is the end of the mount.
-    fn start(mut signals: Signals, place: Place, has_terminal: bool, ended: Sender<End>) -> Result<Self> {
+    fn start(mut signals: Signals, place: Option<Place>, has_terminal: bool, ended: Sender<End>) -> Result<Self> {
         let handle = signals.handle();
         let thread = spawn("signals", move || {
             let mut asked = false;
@@ -329,7 +356,8 @@ impl SignalThread {
                     _ if asked => drop(ended.send(End::Cut)),
                     _ => {
                         asked = true;
-                        place.leave();
+                        supervisor::stopping("unmounting, waits until the last file is closed");
+                        leave(place.as_ref(), &ended);
                     }
                 }
             }

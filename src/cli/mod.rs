@@ -7,6 +7,7 @@ pub mod demo;
 pub mod diff;
 pub mod forget;
 pub mod gc;
+pub mod helper;
 pub mod host_config;
 pub mod init;
 pub mod list;
@@ -19,6 +20,7 @@ pub mod restore;
 pub mod show;
 pub mod stats;
 pub mod store_arg;
+pub mod supervisor;
 pub mod umount;
 
 use std::ffi::OsString;
@@ -29,6 +31,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use log::LevelFilter;
 
+use crate::cli::helper::Helper;
 use crate::cli::host_config::HostConfig;
 use crate::cli::logging::{LogTarget, init_logging};
 use crate::cli::store_arg::{STORE_VARIABLE, parse_size, with_store};
@@ -247,8 +250,14 @@ pub fn main() -> ExitCode {
         let said = text.unwrap_or("no message");
         output::message(format!("internal error: {said}{place}"));
     }));
-    let args = with_store(std::env::args_os().collect(), std::env::var_os(STORE_VARIABLE));
-    let code = std::panic::catch_unwind(|| run(args)).unwrap_or(FAILED);
+    let args: Vec<OsString> = std::env::args_os().collect();
+    let code = match Helper::called(&args) {
+        Some((helper, args)) => std::panic::catch_unwind(|| helper.run(args)).unwrap_or(helper::SYSTEM),
+        None => {
+            let args = with_store(args, std::env::var_os(STORE_VARIABLE));
+            std::panic::catch_unwind(|| run(args)).unwrap_or(FAILED)
+        }
+    };
     ExitCode::from(code)
 }
 

@@ -14,9 +14,8 @@ const THREADS_MAX: usize = 256;
 
 /// Words for the kernel or for mount(8) that say nothing about this filesystem: there are no devices, no set-user-id
 /// files and no access times in it, and a commit is always synchronous.
-const IGNORED: [&str; 35] = [
+const IGNORED: [&str; 36] = [
     "defaults",
-    "default_permissions",
     "dev",
     "nodev",
     "suid",
@@ -35,6 +34,8 @@ const IGNORED: [&str; 35] = [
     "nostrictatime",
     "lazytime",
     "nolazytime",
+    "symfollow",
+    "nosymfollow",
     "iversion",
     "noiversion",
     "mand",
@@ -53,7 +54,7 @@ const IGNORED: [&str; 35] = [
 ];
 
 /// Beginnings of words that are for others.
-const IGNORED_BEGINNINGS: [&str; 7] = ["x-", "X-", "comment=", "fsname=", "subtype=", "uhelper=", "helper="];
+const IGNORED_BEGINNINGS: [&str; 8] = ["x-", "X-", "comment=", "fsname=", "subtype=", "uhelper=", "helper=", "user="];
 
 /// What the options say. `None`: nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -62,6 +63,8 @@ pub struct MountOptions {
     pub read_only: bool,
     /// `allow_other` or `noallow_other`.
     pub allow_other: Option<bool>,
+    /// `default_permissions`: always on where we mount, but a mount that was made for us may lack it.
+    pub default_permissions: bool,
     /// `noexec`.
     pub no_exec: bool,
     /// `seal_after=TIME`.
@@ -81,39 +84,71 @@ impl MountOptions {
     /// `Invalid`, naming the first option that is unknown or wrong.
     pub fn parse(lists: &[String]) -> Result<Self> {
         let mut options = Self::default();
-        for word in lists.iter().flat_map(|list| list.split(',')).map(str::trim).filter(|word| !word.is_empty()) {
-            options.take(word).map_err(|e| e.within(format!("mount option {word:?}")))?;
+        for word in lists.iter().flat_map(|list| words(list)) {
+            if !options.take(&word)? {
+                return Err(invalid(format!("mount option {word:?}: unknown")));
+            }
         }
         Ok(options)
     }
 
-    fn take(&mut self, word: &str) -> Result<()> {
+    /// Takes one option; `false` when it is unknown.
+    ///
+    /// # Errors
+    /// `Invalid` for a value that is wrong, naming the option.
+    pub fn take(&mut self, word: &str) -> Result<bool> {
+        self.take_value(word).map_err(|e| e.within(format!("mount option {word:?}")))
+    }
+
+    fn take_value(&mut self, word: &str) -> Result<bool> {
         match word.split_once('=') {
             None => match word {
                 "ro" => self.read_only = true,
                 "rw" => self.read_only = false,
                 "allow_other" => self.allow_other = Some(true),
                 "noallow_other" => self.allow_other = Some(false),
+                "default_permissions" => self.default_permissions = true,
                 "noexec" => self.no_exec = true,
-                _ => self.ignore(word)?,
+                _ => return Ok(self.ignore(word)),
             },
             Some(("seal_after", value)) => self.seal_after = Some(parse_time(value)?),
             Some(("max_memory", value)) => self.max_memory = Some(parse_size(value)?),
             Some(("threads", value)) => self.threads = Some(parse_threads(value)?),
             Some(("log", "")) => return Err(invalid("no file")),
             Some(("log", value)) => self.log = Some(PathBuf::from(value)),
-            Some(_) => self.ignore(word)?,
+            Some(_) => return Ok(self.ignore(word)),
         }
-        Ok(())
+        Ok(true)
     }
 
-    fn ignore(&mut self, word: &str) -> Result<()> {
+    fn ignore(&mut self, word: &str) -> bool {
         if word == "exec" {
             self.no_exec = false;
         }
-        let known = IGNORED.contains(&word) || IGNORED_BEGINNINGS.iter().any(|beginning| word.starts_with(beginning));
-        if known { Ok(()) } else { Err(invalid("unknown")) }
+        IGNORED.contains(&word) || IGNORED_BEGINNINGS.iter().any(|beginning| word.starts_with(beginning))
     }
+}
+
+/// The options of a list. A comma ends one, unless a backslash stands before it (FUSE's way to write a comma) or it
+/// stands in double quotes, which are taken off (mount(8)'s way).
+pub fn words(list: &str) -> Vec<String> {
+    let (mut words, mut word, mut quoted) = (Vec::new(), String::new(), false);
+    let mut rest = list.chars().peekable();
+    while let Some(c) = rest.next() {
+        match c {
+            '\\' if rest.peek() == Some(&',') => word.extend(rest.next()),
+            '"' => quoted = !quoted,
+            ',' if !quoted => words.push(std::mem::take(&mut word)),
+            _ => word.push(c),
+        }
+    }
+    words.push(word);
+    words.iter().map(|word| word.trim().to_owned()).filter(|word| !word.is_empty()).collect()
+}
+
+/// The list that [`words`] reads as these options.
+pub fn list<W: AsRef<str>>(words: &[W]) -> String {
+    words.iter().map(|word| word.as_ref().replace(',', "\\,")).collect::<Vec<_>>().join(",")
 }
 
 /// Reads a time: a number, with a fraction if need be, and `ms`, `s`, `m` or `h`; without one, seconds.
@@ -154,10 +189,13 @@ mod tests {
 
     #[test]
     fn our_options_are_read() {
-        let options = parsed("ro,allow_other,noexec,seal_after=1.5s,max_memory=512M,threads=8,log=/var/log/snapfs.log");
+        let options = parsed(
+            "ro,allow_other,default_permissions,noexec,seal_after=1.5s,max_memory=512M,threads=8,log=/var/log/snapfs.log",
+        );
         let expected = MountOptions {
             read_only: true,
             allow_other: Some(true),
+            default_permissions: true,
             no_exec: true,
             seal_after: Some(Duration::from_millis(1500)),
             max_memory: Some(512 << 20),
@@ -182,6 +220,22 @@ mod tests {
         let list = "defaults,rw,nosuid,nodev,relatime,_netdev,nofail,noauto,user,x-systemd.automount,x-initrd.mount,\
                     comment=a b,fsname=store, async ,,";
         assert_eq!(parsed(list), MountOptions::default());
+    }
+
+    #[test]
+    fn values_may_hold_commas() {
+        let table: [(&str, &[&str]); 6] = [
+            (r"log=/a\,b,ro", &["log=/a,b", "ro"]),
+            (r#"log="/a,b",ro"#, &["log=/a,b", "ro"]),
+            (r"log=/a\b\,c", &[r"log=/a\b,c"]),
+            (r"comment=x\y #z,ro", &[r"comment=x\y #z", "ro"]),
+            (r#"log="/a,b"#, &["log=/a,b"]),
+            (" , ro,,", &["ro"]),
+        ];
+        for (text, expected) in table {
+            assert_eq!(words(text), expected, "{text}");
+            assert_eq!(words(&list(expected)), expected, "{text}");
+        }
     }
 
     #[test]

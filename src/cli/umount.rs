@@ -53,6 +53,26 @@ pub fn run(mountpoint: &Path) -> Result<()> {
     daemon.map_or(Ok(()), |daemon| daemon.wait(&path))
 }
 
+/// Unmounts without asking the daemon for anything, and does not wait for it: it may hang. `force` ends what is under
+/// way with an error; `lazy` takes the mount out of sight when it is in use.
+///
+/// # Errors
+/// As [`run`].
+pub(super) fn at_once(mountpoint: &Path, force: bool, lazy: bool) -> Result<()> {
+    let rows = mountinfo::read()?;
+    // A path of the table is taken as it is: to resolve it would ask the daemon.
+    let path = match mountinfo::top(&rows, mountpoint) {
+        Some(_) => mountpoint.to_owned(),
+        None => resolve(mountpoint)?,
+    };
+    check_is_ours(&path)?;
+    let forced = if force { unmount(&path, How::Forcibly) } else { Err(in_use(&path)) };
+    match forced {
+        Err(e) if e.kind() == ErrorKind::Busy && lazy => unmount(&path, How::Lazily),
+        outcome => outcome,
+    }
+}
+
 fn check_is_ours(path: &Path) -> Result<()> {
     let rows = mountinfo::read()?;
     match mountinfo::top(&rows, path) {
@@ -71,6 +91,8 @@ pub(super) enum How {
     Cleanly,
     /// Out of sight at once, and really when nobody uses it any more.
     Lazily,
+    /// Ends all requests that wait for the daemon first.
+    Forcibly,
 }
 
 /// Unmounts what is topmost at `path`.
@@ -78,6 +100,7 @@ pub(super) fn unmount(path: &Path, how: How) -> Result<()> {
     let flags = match how {
         How::Cleanly => UnmountFlags::NOFOLLOW,
         How::Lazily => UnmountFlags::NOFOLLOW | UnmountFlags::DETACH,
+        How::Forcibly => UnmountFlags::NOFOLLOW | UnmountFlags::FORCE,
     };
     match rustix::mount::unmount(path, flags) {
         Ok(()) => Ok(()),

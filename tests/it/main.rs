@@ -22,5 +22,6 @@ mod invariants;
 mod manual;
 mod model;
 mod mount;
+mod mount_helper;
 mod whole;
 mod world;

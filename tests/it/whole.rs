@@ -140,7 +140,7 @@ pub struct Done {
 }
 
 impl Done {
-    fn of(command: String, output: std::process::Output) -> Self {
+    pub fn of(command: String, output: std::process::Output) -> Self {
         let code = output.status.code().unwrap_or(-1);
         let err = String::from_utf8_lossy(&output.stderr).into_owned();
         Self { command, code, out: output.stdout, err }

@@ -122,7 +122,7 @@ fn valid_encodings() -> Vec<(String, Vec<u8>)> {
     }
     let mut builder = IndexBuilder::default();
     for n in 0..600_u64 {
-        let slot = SlotId::new(Serial(1 << 47 | n / 100), (n % 100) as u16);
+        let slot = SlotId::new(Serial((1 << 47) | (n / 100)), (n % 100) as u16);
         builder.add(VmGroup([(n / 300) as u8; 16]), &fingerprint(&n.to_le_bytes()), slot).unwrap();
     }
     let identity = IndexIdentity { incarnation: Incarnation([1; 16]), epoch: Epoch(1) };

@@ -436,7 +436,7 @@ fn another_user_or_nobody_with_privileges_serves_a_mount() {
         chmod 755 "$D/web01"
         kill "$daemon"
         eventually ended "$daemon"
-        is_cut_off
+        eventually is_cut_off
         umount -c "$D"
         not is_mounted
         snapfs restore "$S" web01/last.img - | cmp - image.raw
@@ -559,7 +559,7 @@ impl Manager {
     fn start(&self, place: &Place) -> std::process::Child {
         let mut command = place.command(SNAPFS);
         command.args(["mount", "store", "mnt", "--foreground"]).env("NOTIFY_SOCKET", &self.path);
-        command.spawn().unwrap()
+        command.stderr(std::process::Stdio::null()).spawn().unwrap()
     }
 }
 

@@ -1,5 +1,6 @@
 //! The command line: parses, runs one command, turns its outcome into an exit code. One command a file.
 
+pub mod attach;
 pub mod backup;
 pub mod check;
 pub mod daemon;
@@ -120,6 +121,15 @@ enum Command {
     /// Show what the store holds and what it saves
     #[command(after_help = stats::EXAMPLES)]
     Stats(stats::Stats),
+    /// Make a block device of a snapshot
+    #[command(after_help = attach::EXAMPLES)]
+    Attach(attach::Attach),
+    /// Free a block device that attach has made
+    #[command(after_help = attach::detach::EXAMPLES)]
+    Detach(attach::detach::Detach),
+    /// Free what is attached for guests that are gone
+    #[command(after_help = attach::reap::EXAMPLES)]
+    Reap(attach::reap::Reap),
     /// Take the whole tour on a made image, in a temporary folder
     #[command(after_help = demo::EXAMPLES)]
     Demo(demo::Demo),
@@ -288,6 +298,9 @@ fn run(args: Vec<OsString>) -> u8 {
         Command::Gc(command) => command.run(),
         Command::Check(command) => command.run(),
         Command::Stats(command) => command.run(),
+        Command::Attach(command) => command.run(),
+        Command::Detach(command) => command.run(),
+        Command::Reap(command) => command.run(),
         Command::Demo(command) => command.run(),
     };
     match outcome {

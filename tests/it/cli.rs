@@ -10,8 +10,10 @@ use rustix::fs::{FlockOperation, flock};
 use crate::whole::{Disk, Loop, MIB, Place, eventually, image, need_loop, need_tools, same, signal};
 use crate::world::noise;
 
-const COMMANDS: [&str; 13] =
-    ["init", "mount", "umount", "backup", "restore", "list", "show", "diff", "forget", "gc", "check", "stats", "demo"];
+const COMMANDS: [&str; 16] = [
+    "init", "mount", "umount", "backup", "restore", "list", "show", "diff", "forget", "gc", "check", "stats", "attach",
+    "detach", "reap", "demo",
+];
 
 #[test]
 fn every_command_has_help_with_an_example() {

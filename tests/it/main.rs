@@ -7,6 +7,7 @@
     reason = "a test that cannot go on says why and ends"
 )]
 
+mod attach;
 mod backend_suite;
 mod cli;
 mod cost;
@@ -25,3 +26,4 @@ mod mount;
 mod mount_helper;
 mod whole;
 mod world;
+mod xen;

@@ -215,7 +215,7 @@ impl Place {
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new(program);
         command.current_dir(self.folder.path()).stdin(Stdio::null()).env("PATH", search_path()).env("LC_ALL", "C");
-        command.env("SNAPFS_CONFIG", self.path("host.toml"));
+        command.env("SNAPFS_CONFIG", self.path("host.toml")).env("SNAPFS_ATTACHED", self.path("attached"));
         for variable in ["SNAPFS_STORE", "SNAPFS_LOG", "RUST_LOG"] {
             command.env_remove(variable);
         }
@@ -399,6 +399,32 @@ impl Loop {
             return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
         }
         Ok(Self(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim())))
+    }
+}
+
+/// The loop devices whose backing file lies in a place.
+pub fn loops_of(place: &Place) -> Vec<PathBuf> {
+    let root = place.path("").canonicalize().unwrap();
+    let rows = std::fs::read_dir("/sys/block").unwrap().map(|row| row.unwrap().file_name());
+    let mut found = Vec::new();
+    for name in rows {
+        let file = Path::new("/sys/block").join(&name).join("loop/backing_file");
+        if std::fs::read_to_string(file).is_ok_and(|path| Path::new(path.trim_end()).starts_with(&root)) {
+            found.push(Path::new("/dev").join(name));
+        }
+    }
+    found.sort();
+    found
+}
+
+/// Frees the loop devices of a place, whatever became of the test.
+pub struct Freed<'a>(pub &'a Place);
+
+impl Drop for Freed<'_> {
+    fn drop(&mut self) {
+        for device in loops_of(self.0) {
+            drop(Loop(device));
+        }
     }
 }
 

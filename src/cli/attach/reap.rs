@@ -1,0 +1,108 @@
+//! `snapfs reap`: frees what is attached for nobody any more.
+//!
+//! A guest whose toolstack was killed never had its script called again; a device may be freed by hand. What belongs to
+//! an owner of whom nothing is known stays.
+
+use crate::cli::attach::registry::{Attachment, Owner, Registry};
+use crate::cli::attach::{release, xenstore};
+use crate::cli::{DONE, FAILED, Outcome, output};
+use crate::error::Result;
+
+/// Shown by `--help`.
+pub const EXAMPLES: &str = "\
+Examples:
+  snapfs reap
+  snapfs reap --dry-run
+
+It frees what was attached for disks of Xen guests that are gone from the xenstore, and forgets devices that are not
+there any more. It is safe at any time.";
+
+/// Arguments of `reap`.
+#[derive(Debug, clap::Args)]
+pub struct Reap {
+    /// Only tell what would be freed
+    #[arg(long)]
+    dry_run: bool,
+
+    /// Report in JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What became of one attachment.
+#[derive(Debug, serde::Serialize)]
+struct Row {
+    owner: Owner,
+    target: String,
+    device: String,
+    /// Why it is freed.
+    reason: &'static str,
+    /// Why it could not be.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    failed: Option<String>,
+}
+
+impl Reap {
+    /// Runs the command. The exit code is 1 when something could not be freed, or not be judged.
+    ///
+    /// # Errors
+    /// `Denied` for all but root, `Corrupt`, `Unavailable`.
+    pub fn run(&self) -> Outcome {
+        let registry = Registry::open()?;
+        let mut code = DONE;
+        let mut rows = Vec::new();
+        for owner in registry.owners()? {
+            match self.look_at(&registry, &owner) {
+                Ok(None) => {}
+                Ok(Some(row)) => {
+                    if row.failed.is_some() {
+                        code = FAILED;
+                    }
+                    rows.push(row);
+                }
+                Err(error) => {
+                    code = FAILED;
+                    output::message(error.within(owner));
+                }
+            }
+        }
+        if self.json {
+            output::json(&rows)?;
+        } else {
+            for row in &rows {
+                let verb = if self.dry_run { "would be freed" } else { "freed" };
+                let what = format!("{} ({}, {})", row.target, row.device, row.owner);
+                match &row.failed {
+                    None => output::line(format!("{what}: {verb}, {}", row.reason))?,
+                    Some(why) => output::message(format!("{what}: {why}")),
+                }
+            }
+        }
+        Ok(code)
+    }
+
+    fn look_at(&self, registry: &Registry, owner: &Owner) -> Result<Option<Row>> {
+        let held = registry.lock(owner)?;
+        let Some(attachment) = held.get()? else { return Ok(None) };
+        let Some(reason) = why_gone(&attachment)? else { return Ok(None) };
+        let freed = if self.dry_run { Ok(()) } else { release(&held, &attachment) };
+        Ok(Some(Row {
+            owner: attachment.owner,
+            target: attachment.target,
+            device: attachment.device.path().display().to_string(),
+            reason,
+            failed: freed.err().map(|e| e.to_string()),
+        }))
+    }
+}
+
+/// Why nobody needs an attachment any more; `None` while somebody may.
+fn why_gone(attachment: &Attachment) -> Result<Option<&'static str>> {
+    if !attachment.device.shows(&attachment.file)? {
+        return Ok(Some("its device is gone"));
+    }
+    match xenstore::backend_of(&attachment.owner) {
+        Some(backend) if !xenstore::is_there(backend)? => Ok(Some("its guest is gone")),
+        _ => Ok(None),
+    }
+}

@@ -5,8 +5,9 @@
 
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
-use std::ffi::OsStr;
-use std::os::fd::OwnedFd;
+use std::ffi::{CString, OsStr};
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,6 +21,7 @@ use fuser::{
     ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs,
     ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow, WriteFlags,
 };
+use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::clock::{Clock, SystemClock, Timestamp};
 use crate::error::{Error, ErrorKind, Result};
@@ -29,6 +31,9 @@ use crate::limits::NAME_BYTES_MAX;
 
 /// The type that the mount has in the mount table, after `fuse.`.
 pub const SUBTYPE: &str = "snapfs";
+
+/// Where the kernel offers FUSE.
+const DEVICE: &str = "/dev/fuse";
 
 /// Bytes of a write request. The kernel's own limit is 256 pages, so more would only be memory.
 const WRITE_BYTES_MAX: u32 = 1 << 20;
@@ -81,6 +86,7 @@ pub struct MountSettings {
 pub struct Mounted {
     session: BackgroundSession,
     mountpoint: PathBuf,
+    undo: Undo,
 }
 
 impl Mounted {
@@ -88,9 +94,24 @@ impl Mounted {
     ///
     /// # Errors
     /// `Unavailable` when the connection to the kernel broke.
-    pub fn join(self) -> Result<()> {
+    pub fn join(mut self) -> Result<()> {
+        self.undo.0 = None;
         let about = format!("mount {}", self.mountpoint.display());
         self.session.join().map_err(|e| Error::io(about, e))
+    }
+}
+
+/// Unmounts what is mounted there, unless the mount comes into service.
+#[derive(Debug)]
+struct Undo(Option<PathBuf>);
+
+impl Drop for Undo {
+    fn drop(&mut self) {
+        if let Some(mountpoint) = self.0.take()
+            && let Err(e) = rustix::mount::unmount(&mountpoint, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
+        {
+            log::warn!("umount {}: {e}", mountpoint.display());
+        }
     }
 }
 
@@ -99,8 +120,59 @@ impl Mounted {
 /// # Errors
 /// `NotFound` without `/dev/fuse` or a mountpoint, `Denied`, `Unavailable`.
 pub fn mount(fs: Arc<MountedStore>, settings: &MountSettings) -> Result<Mounted> {
+    let failed = |e: std::io::Error| Error::io(format!("mount {}", settings.mountpoint.display()), e);
     let mut config = Config::default();
-    config.mount_options = vec![
+    config.acl = if settings.allow_other { SessionACL::All } else { SessionACL::Owner };
+    config.n_threads = Some(settings.threads.max(1));
+    // A clone needs the device itself, which a user who mounts through fusermount3 may not be allowed to open.
+    config.clone_fd = File::options().read(true).write(true).open(DEVICE).is_ok();
+    let adapter = Adapter::new(fs);
+    let mut undo = Undo(None);
+    let device = match &settings.device {
+        Some(device) => Some(device.try_clone().map_err(failed)?),
+        None => {
+            let mounted = mount_directly(settings).map_err(failed)?;
+            undo.0 = mounted.is_some().then(|| settings.mountpoint.clone());
+            mounted
+        }
+    };
+    let session = match device {
+        Some(device) => Session::from_fd(adapter, device, config.acl, config).and_then(Session::spawn),
+        None => {
+            config.mount_options = options_of_helper(settings);
+            fuser::spawn_mount(adapter, &settings.mountpoint, &config)
+        }
+    };
+    let session = session.map_err(failed)?;
+    Ok(Mounted { session, mountpoint: settings.mountpoint.clone(), undo })
+}
+
+/// Mounts without a helper, as root may. Returns the device to serve, or `None` when that is not allowed.
+///
+/// Nothing opens the mountpoint here: where systemd mounts on demand, that would wait for this very mount.
+fn mount_directly(settings: &MountSettings) -> std::io::Result<Option<OwnedFd>> {
+    let Ok(device) = File::options().read(true).write(true).open(DEVICE) else { return Ok(None) };
+    let mut flags = MountFlags::NODEV | MountFlags::NOSUID;
+    flags.set(MountFlags::RDONLY, settings.read_only);
+    flags.set(MountFlags::NOEXEC, settings.no_exec);
+    let (user, group) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
+    let mut data = format!("fd={},rootmode=40000,user_id={user},group_id={group}", device.as_raw_fd());
+    data.push_str(",default_permissions");
+    if settings.allow_other {
+        data.push_str(",allow_other");
+    }
+    let kind = format!("fuse.{SUBTYPE}");
+    let data = CString::new(data)?;
+    match rustix::mount::mount(&settings.fsname, &settings.mountpoint, kind, flags, &*data) {
+        Ok(()) => Ok(Some(device.into())),
+        Err(rustix::io::Errno::PERM) => Ok(None),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// The options with which fusermount3 makes the same mount.
+fn options_of_helper(settings: &MountSettings) -> Vec<MountOption> {
+    let mut options = vec![
         MountOption::FSName(fsname(&settings.fsname)),
         // As a plain option: fuser keeps its own Subtype from the kernel where it mounts by itself.
         MountOption::CUSTOM(format!("subtype={SUBTYPE}")),
@@ -110,29 +182,13 @@ pub fn mount(fs: Arc<MountedStore>, settings: &MountSettings) -> Result<Mounted>
         if settings.read_only { MountOption::RO } else { MountOption::RW },
     ];
     if settings.no_exec {
-        config.mount_options.push(MountOption::NoExec);
+        options.push(MountOption::NoExec);
     }
-    config.acl = if settings.allow_other { SessionACL::All } else { SessionACL::Owner };
-    config.n_threads = Some(settings.threads.max(1));
-    // A clone needs the device itself, which a user who mounts through fusermount3 may not be allowed to open.
-    config.clone_fd = std::fs::File::options().read(true).write(true).open("/dev/fuse").is_ok();
-    let adapter = Adapter::new(fs);
-    let session = match &settings.device {
-        None => fuser::spawn_mount(adapter, &settings.mountpoint, &config),
-        Some(device) => device
-            .try_clone()
-            .and_then(|device| Session::from_fd(adapter, device, config.acl, config))
-            .and_then(Session::spawn),
-    };
-    let session = session.map_err(|e| Error::io(format!("mount {}", settings.mountpoint.display()), e))?;
-    Ok(Mounted { session, mountpoint: settings.mountpoint.clone() })
+    options
 }
 
 /// fusermount3 gets all options as one string, where a comma ends one.
 fn fsname(source: &str) -> String {
-    if rustix::process::geteuid().is_root() {
-        return source.to_owned();
-    }
     source.replace('\\', "\\\\").replace(',', "\\,")
 }
 

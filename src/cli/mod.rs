@@ -69,7 +69,21 @@ const MOUNT_EXAMPLES: &str = "\
 Examples:
   snapfs mount /srv/snapfs /mnt/snapfs
   snapfs mount /srv/snapfs /mnt/snapfs -o ro,allow_other
-  cp web01.img /mnt/snapfs/web01/monday.part && mv /mnt/snapfs/web01/monday.part /mnt/snapfs/web01/monday.img";
+  cp web01.img /mnt/snapfs/web01/monday.part && mv /mnt/snapfs/web01/monday.part /mnt/snapfs/web01/monday.img
+
+Mount options:
+  ro                 nothing can change
+  seal_after=TIME    grace time after the last close: 500ms, 5s, 2m, 1h [default: 5s]
+  max_memory=SIZE    memory to use at the most [default: 256M]
+  threads=N          threads that answer requests [default: one a core, 4 to 16]
+  allow_other        other users may ask; permissions count all the same [default for root]
+  noallow_other      only the user who mounts may ask [default for others]
+  noexec             no programs are run from the mount
+  log=FILE           log to a file instead of the system log
+
+With mount -t snapfs and in fstab there are also
+  setuid=USER        served by this user, who owns the store
+  drop_privileges    served without any privilege";
 
 const UMOUNT_EXAMPLES: &str = "\
 Examples:

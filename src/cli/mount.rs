@@ -3,13 +3,12 @@
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use log::LevelFilter;
-use rustix::fs::{FileType, major, minor};
+use rustix::fs::{AtFlags, FileType, Stat, major, minor};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::cli::daemon::{self, Assignment, News};
@@ -240,16 +239,15 @@ fn mounted_there(mountpoint: &Path, row: &mountinfo::Row) -> Error {
 
 /// A mountpoint must be a folder, and must not hide the store nor lie in it: the daemon would wait for itself.
 fn check_mountpoint(mountpoint: &Path, store: &Path) -> Result<()> {
-    let metadata = |path: &Path| std::fs::metadata(path).map_err(|e| Error::io(path.display().to_string(), e));
-    let at = metadata(mountpoint)?;
-    if !at.is_dir() {
+    let at = status_of(mountpoint)?;
+    if FileType::from_raw_mode(at.st_mode) != FileType::Directory {
         return Err(invalid(format!("{}: is no folder", mountpoint.display())));
     }
-    let of_store = metadata(store)?;
+    let of_store = status_of(store)?;
     // By identity, not by path: a bind mount is another path to the same folder.
-    let same = |a: &std::fs::Metadata, b: &std::fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
-    let within = |inner: &Path, outer: &std::fs::Metadata| {
-        inner.ancestors().any(|folder| std::fs::metadata(folder).is_ok_and(|folder| same(&folder, outer)))
+    let same = |a: &Stat, b: &Stat| (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino);
+    let within = |inner: &Path, outer: &Stat| {
+        inner.ancestors().any(|folder| status_of(folder).is_ok_and(|folder| same(&folder, outer)))
     };
     let relation = if same(&at, &of_store) {
         "is"
@@ -261,6 +259,13 @@ fn check_mountpoint(mountpoint: &Path, store: &Path) -> Result<()> {
         return Ok(());
     };
     Err(invalid(format!("{}: {relation} the store {}", mountpoint.display(), store.display())))
+}
+
+/// Where systemd mounts on demand the mountpoint is a trigger: what the standard library asks would wait for this very
+/// mount.
+fn status_of(path: &Path) -> Result<Stat> {
+    rustix::fs::statat(rustix::fs::CWD, path, AtFlags::NO_AUTOMOUNT)
+        .map_err(|e| Error::io(path.display().to_string(), e.into()))
 }
 
 /// Starts the daemon.

@@ -16,6 +16,7 @@ use snapfs::collect::gc::{GcOptions, GcReport, collect_vm};
 use snapfs::error::{ErrorKind, Result};
 use snapfs::ingest::draft_tree::DraftTree;
 use snapfs::ingest::writer::{CommitRequest, Writer};
+use snapfs::limits::LOG_CHECKPOINT_INTERVAL;
 use snapfs::name::{SnapshotName, VmName};
 use snapfs::store::config::write_new;
 use snapfs::store::session::Session;
@@ -429,6 +430,65 @@ fn race(backends: [Arc<dyn Backend>; 2]) {
         for file in 0..FILES - 1 {
             let bytes = get(&third, &format!("vm/{owner}-{file}.{RENAMES}")).unwrap();
             assert!(bytes == noise((owner * FILES + file) as u64, 5000));
+        }
+    }
+}
+
+/// Appends `count` records that change nothing that counts.
+fn fill_log(store: &Store, count: u64) {
+    let (handle, _) = store.vm(&vm()).unwrap();
+    for mode in 0..count {
+        let changes = Changes { mode: Some(0o700 + mode as u32 % 8), ..Changes::default() };
+        handle.append(None, |_| Ok((vec![Op::Change { target: Target::Vm {}, changes }], ()))).unwrap();
+    }
+}
+
+#[test]
+fn a_record_that_was_acknowledged_counts_however_long_its_writer_slept() {
+    let (whole, clock) = prepared(&[("vm/base.img", &image(1))]);
+    let writer = open(Arc::new(whole.clone()), &clock).unwrap();
+    let (handle, _) = writer.vm(&vm()).unwrap();
+    let holder = Session::begin(&writer, &handle).unwrap().begin_record();
+    for session in [None, Some(holder)] {
+        // With and without a log that has been cut before.
+        for before in [0, 3 * LOG_CHECKPOINT_INTERVAL] {
+            let mut outcomes = BTreeSet::new();
+            for at in 0.. {
+                let what = format!("{session:?} asleep at {at}, after {before} records");
+                let memory = whole.fork();
+                fill_log(&open(Arc::new(memory.clone()), &clock).unwrap(), before);
+                let meanwhile = {
+                    let (memory, clock) = (memory.clone(), clock.clone());
+                    move || {
+                        let store = open(Arc::new(Asleep::awake(memory)), &clock).unwrap();
+                        fill_log(&store, 3 * LOG_CHECKPOINT_INTERVAL);
+                        Session::begin(&store, &store.vm(&vm()).unwrap().0).unwrap();
+                    }
+                };
+                let asleep = Arc::new(Asleep::new(memory.clone(), at, meanwhile));
+                let store = open(asleep.clone(), &clock).unwrap();
+                let attributes = store.new_folder();
+                let told = store.vm(&vm()).and_then(|(handle, _)| {
+                    let op = Op::MakeDisk { name: "slept".into(), attributes };
+                    handle.append(session, |state| {
+                        let is_there = state.disks.contains_key("slept");
+                        Ok((if is_there { vec![] } else { vec![op.clone()] }, ()))
+                    })
+                });
+                let (_, state) = open(Arc::new(memory.clone()), &clock).unwrap().vm(&vm()).unwrap();
+                let is_there = state.disks.contains_key("slept");
+                match &told {
+                    Ok(()) => assert!(is_there, "{what}: acknowledged, and not in the log"),
+                    // Fenced by the other, or it slept between its record and the look at the log.
+                    Err(e) if e.kind() == ErrorKind::Busy => assert!(session.is_some() && !is_there, "{what}: {e}"),
+                    Err(e) => assert_eq!(e.kind(), ErrorKind::Unavailable, "{what}: {e}"),
+                }
+                outcomes.insert(told.err().map(|e| e.to_string().contains("is not known")));
+                if !asleep.has_slept() {
+                    break;
+                }
+            }
+            assert_eq!(outcomes.len(), 2 + usize::from(session.is_some()), "{outcomes:?}");
         }
     }
 }

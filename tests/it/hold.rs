@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use snapfs::backend::testing::{Fault, Faulty, Memory};
@@ -272,55 +273,62 @@ fn i6_releasing_may_be_cut_off_at_any_call() {
 }
 
 /// Somebody who stops before a call of the backend until told to go on.
-struct Paused {
+struct Paused<T> {
     has_stopped: bool,
     resume: Sender<()>,
-    done: std::thread::JoinHandle<Result<HoldId>>,
+    done: JoinHandle<Result<T>>,
 }
 
-impl Paused {
-    /// Puts a hold of `file` up to call number `at`; returns when it stops there, or is through before.
-    fn put(scene: &Scene, memory: &Memory, file: &FileEntry, at: usize) -> Self {
+impl<T: Send + 'static> Paused<T> {
+    /// Does `work` up to call number `at`; returns when it stops there, or is through before.
+    fn start(
+        scene: &Scene,
+        memory: &Memory,
+        at: usize,
+        work: impl FnOnce(&Store) -> Result<T> + Send + 'static,
+    ) -> Self {
         let (arrive, arrived) = channel();
         let (resume, wait) = channel::<()>();
-        let (memory, clock, file) = (memory.clone(), scene.clock.clone(), file.clone());
+        let (memory, clock) = (memory.clone(), scene.clock.clone());
         let done = std::thread::spawn(move || {
             let told = arrive.clone();
             let stop = move || {
-                told.send(true).unwrap();
-                // Nobody tells it any more when the test is over.
+                // When what it opened is used later on, nobody listens and nobody tells any more.
+                let _ = told.send(true);
                 let _ = wait.recv();
             };
-            let held = open(Arc::new(Asleep::new(memory, at, stop)), &clock).and_then(|store| hold(&store, &file));
+            let outcome = open(Arc::new(Asleep::new(memory, at, stop)), &clock).and_then(|store| work(&store));
             // Heard only if it never came to that call.
             let _ = arrive.send(false);
-            held
+            outcome
         });
         Self { has_stopped: arrived.recv().unwrap(), resume, done }
     }
 
-    fn finish(self) -> Result<HoldId> {
+    fn finish(self) -> Result<T> {
         // One that is through does not listen.
         let _ = self.resume.send(());
         self.done.join().unwrap()
     }
 }
 
-#[test]
-fn i6_a_hold_races_forgetting_and_collection_at_every_pair_of_calls() {
-    let scene = Scene::new();
-    let file = scene.file(1);
-    let mut outcomes = BTreeMap::new();
-    // The hold stops before its call `first`; the snapshot is forgotten; a collection stops before its call
-    // `second`, where the hold goes on to its end; then the collection goes on to its end.
+/// Runs `work` up to each of its calls, then `between`, then a collection up to each of its calls, then `work` to its
+/// end, then the collection to its end, then `judge`.
+fn interleave<T: Send + 'static>(
+    scene: &Scene,
+    work: impl Fn(&Store) -> Result<T> + Send + Clone + 'static,
+    between: impl Fn(&Store),
+    mut judge: impl FnMut(&Memory, Result<T>, &str),
+) {
     for first in 0.. {
         let mut has_stopped = false;
         for second in 0.. {
-            let what = format!("hold stops at {first}, collection at {second}");
+            let what = format!("stopped at {first}, the collection at {second}");
             let memory = scene.memory.fork();
-            let paused = Paused::put(&scene, &memory, &file, first);
+            let work = work.clone();
+            let paused = Paused::start(scene, &memory, first, move |store| work(store));
             has_stopped |= paused.has_stopped;
-            forget(&scene.store(&memory), &[name("vm/1.img")]).unwrap();
+            between(&scene.store(&memory));
             let (send, told) = channel();
             let asleep = Arc::new(Asleep::new(memory.clone(), second, move || send.send(paused.finish()).unwrap()));
             let report = scene.over(asleep.clone()).and_then(|store| gc(&store, (first + second) % 2 == 0));
@@ -329,67 +337,57 @@ fn i6_a_hold_races_forgetting_and_collection_at_every_pair_of_calls() {
                 break;
             }
             report.unwrap_or_else(|e| panic!("{what}: {e}"));
-            let held = told.recv().unwrap();
-            *outcomes.entry(held.is_ok()).or_insert(0) += 1;
-            if let Err(e) = &held {
-                assert_eq!(e.kind(), ErrorKind::Stale, "{what}: {e}");
-                assert!(keys(&memory, "vms/vm/holds").is_empty(), "{what}");
-            }
-            scene.assert_settles(&memory, held.ok(), &what);
+            judge(&memory, told.recv().unwrap(), &what);
         }
         if !has_stopped {
             break;
         }
     }
-    assert_eq!(outcomes.len(), 2, "{outcomes:?}");
 }
 
 #[test]
-fn i6_a_held_snapshot_is_opened_while_its_hold_is_released_at_every_call() {
+fn i6_a_hold_races_forgetting_and_collection_at_every_pair_of_calls() {
     let scene = Scene::new();
-    let id = {
-        let store = scene.store(&scene.memory);
-        let id = hold(&store, &scene.file(1)).unwrap();
-        forget(&store, &[name("vm/1.img")]).unwrap();
-        id
-    };
+    let file = scene.file(1);
     let mut outcomes = BTreeSet::new();
-    // Released and collected inside of the opening; opened and released inside of the collection.
-    for at in 0.. {
-        let memory = scene.memory.fork();
-        let (other, clock) = (memory.clone(), scene.clock.clone());
-        let asleep = Arc::new(Asleep::new(memory.clone(), at, move || {
-            let store = open(Arc::new(other), &clock).unwrap();
-            store.vm_handle(&vm()).release_hold(id).unwrap();
-            gc(&store, true).unwrap();
-        }));
-        let image = scene.over(asleep.clone()).and_then(|store| open_held(&store, id));
-        outcomes.insert(image.is_ok());
-        match image {
-            Ok(image) => assert!(read_image(&image).unwrap() == scene.images[1], "asleep at {at}"),
-            Err(e) => assert_eq!(e.kind(), ErrorKind::Stale, "asleep at {at}: {e}"),
-        }
-        if !asleep.has_slept() {
-            break;
-        }
-    }
+    interleave(
+        &scene,
+        move |store| hold(store, &file),
+        |store| drop(forget(store, &[name("vm/1.img")]).unwrap()),
+        |memory, held, what| {
+            outcomes.insert(held.is_ok());
+            if let Err(e) = &held {
+                assert_eq!(e.kind(), ErrorKind::Stale, "{what}: {e}");
+                assert!(keys(memory, "vms/vm/holds").is_empty(), "{what}");
+            }
+            scene.assert_settles(memory, held.ok(), what);
+        },
+    );
     assert_eq!(outcomes.len(), 2);
-    for at in 0.. {
-        let memory = scene.memory.fork();
-        let reader = scene.store(&memory);
-        let (send, told) = channel();
-        let asleep = Arc::new(Asleep::new(memory.clone(), at, move || {
-            let image = open_held(&reader, id);
-            reader.vm_handle(&vm()).release_hold(id).unwrap();
-            send.send(image).unwrap();
-        }));
-        gc(&scene.over(asleep.clone()).unwrap(), true).unwrap();
-        if !asleep.has_slept() {
-            break;
-        }
-        let image = told.recv().unwrap().unwrap_or_else(|e| panic!("gc asleep at {at}: {e}"));
-        assert!(read_image(&image).unwrap() == scene.images[1], "gc asleep at {at}");
-    }
+}
+
+#[test]
+fn i6_the_opening_of_a_held_snapshot_races_release_and_collection_at_every_pair_of_calls() {
+    let scene = Scene::new();
+    let store = scene.store(&scene.memory);
+    let id = hold(&store, &scene.file(1)).unwrap();
+    forget(&store, &[name("vm/1.img")]).unwrap();
+    let mut outcomes = BTreeSet::new();
+    interleave(
+        &scene,
+        move |store| open_held(store, id),
+        |store| store.vm_handle(&vm()).release_hold(id).unwrap(),
+        |memory, image, what| {
+            outcomes.insert(image.is_ok());
+            match &image {
+                Ok(image) => assert!(read_image(image).unwrap() == scene.images[1], "{what}"),
+                Err(e) => assert_eq!(e.kind(), ErrorKind::Stale, "{what}: {e}"),
+            }
+            drop(image);
+            scene.assert_settles(memory, None, what);
+        },
+    );
+    assert_eq!(outcomes.len(), 2);
 }
 
 #[test]

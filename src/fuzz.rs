@@ -9,6 +9,7 @@
 use crate::catalog::hold::{Hold, HoldId};
 use crate::catalog::record::Record;
 use crate::catalog::roots::root_object;
+use crate::cli::files::partitions::{Source, partitions};
 use crate::cli::mount_options::MountOptions;
 use crate::format::{ObjectKind, envelop, open_envelope};
 use crate::ingest::change_map::ChangeMap;
@@ -227,6 +228,22 @@ pub fn partition_table(bytes: &[u8]) {
     }
     let head = bytes.get(..FIRST_BYTES).unwrap_or(bytes);
     assert!(grid_phase(head, 0) < BLOCK_BYTES as u32, "partition table: phase of a cut table");
+    for image_bytes in [bytes.len() as u64, said] {
+        let read = |offset: u64, out: &mut [u8]| {
+            assert!(
+                offset.checked_add(out.len() as u64).is_some_and(|end| end <= image_bytes),
+                "partitions: past the end"
+            );
+            let there = usize::try_from(offset).ok().and_then(|at| bytes.get(at..)).unwrap_or_default();
+            out.fill(0);
+            out.iter_mut().zip(there).for_each(|(out, byte)| *out = *byte);
+            Ok(())
+        };
+        let found = partitions(&Source { bytes: image_bytes, read: &read }).unwrap_or_default();
+        assert!(!found.is_empty(), "partitions: not even the whole image");
+        let fits = found.iter().all(|p| p.range.start <= p.range.end && p.range.end <= image_bytes);
+        assert!(fits, "partitions: one that reaches out of the image");
+    }
 }
 
 /// A snapshot's name, to be made and to be read.

@@ -6,6 +6,7 @@ pub mod check;
 pub mod daemon;
 pub mod demo;
 pub mod diff;
+pub mod files;
 pub mod forget;
 pub mod gc;
 pub mod helper;
@@ -141,6 +142,12 @@ enum Command {
     /// Free a block device that attach has made
     #[command(after_help = attach::detach::EXAMPLES)]
     Detach(attach::detach::Detach),
+    /// Look into an image: list a folder of it, copy a file out
+    #[command(after_help = files::EXAMPLES)]
+    Files(files::Files),
+    /// What files does in a process of its own
+    #[command(hide = true)]
+    FilesInside(files::kernel::Inside),
     /// Free what is attached for guests that are gone
     #[command(after_help = attach::reap::EXAMPLES)]
     Reap(attach::reap::Reap),
@@ -315,6 +322,8 @@ fn run(args: Vec<OsString>) -> u8 {
         Command::Attach(command) => command.run(),
         Command::Detach(command) => command.run(),
         Command::Reap(command) => command.run(),
+        Command::Files(command) => command.run(),
+        Command::FilesInside(command) => command.run(),
         Command::Demo(command) => command.run(),
     };
     match outcome {
@@ -345,7 +354,7 @@ mod tests {
 
     #[test]
     fn every_command_has_an_example_and_a_summary() {
-        for mut command in Arguments::command().get_subcommands().cloned() {
+        for mut command in Arguments::command().get_subcommands().filter(|c| !c.is_hide_set()).cloned() {
             let name = command.get_name().to_owned();
             let help = command.render_long_help().to_string();
             assert!(help.contains("Examples:"), "{name}: {help}");

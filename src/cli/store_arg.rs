@@ -18,7 +18,7 @@ pub const STORE_VARIABLE: &str = "SNAPFS_STORE";
 const STORE_OPTION: &str = "--store";
 
 /// Commands that have no store.
-const WITHOUT_STORE: [&str; 6] = ["umount", "attach", "detach", "reap", "demo", "help"];
+const WITHOUT_STORE: [&str; 7] = ["umount", "attach", "detach", "reap", "files-inside", "demo", "help"];
 
 /// The arguments that every command on a store has.
 #[derive(Debug, clap::Args)]

@@ -16,6 +16,7 @@ mod damage;
 mod dedup;
 mod docs;
 mod fence;
+mod files;
 mod format;
 mod fuzz;
 mod hold;

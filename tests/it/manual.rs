@@ -33,7 +33,7 @@ fn page() -> String {
     page.push_str(&format!(".SH NAME\nsnapfs \\- {}\n", about.replace('-', "\\-")));
     page.push_str(".SH SYNOPSIS\n\\fBsnapfs\\fR \\fICOMMAND\\fR [\\fISTORE\\fR] [\\fIARGUMENT\\fR...]\n");
     page.push_str(".SH COMMANDS\n");
-    for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
+    for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help" && !sub.is_hide_set()) {
         let man = Man::new(sub.clone());
         page.push_str(&format!(".SS \"snapfs {}\"\n", sub.get_name()));
         page.push_str(&body(|out| man.render_synopsis_section(out)));
@@ -58,7 +58,8 @@ fn the_manual_says_what_the_program_knows() {
     let kept = std::fs::read_to_string(&path).unwrap_or_default();
     let differs = kept.lines().zip(made.lines()).position(|(a, b)| a != b).map_or(0, |line| line + 1);
     assert!(kept == made, "docs/man/snapfs.1, line {differs}: not up to date; run with SNAPFS_WRITE_MANUAL=1");
-    for name in snapfs::cli::command().get_subcommands().map(clap::Command::get_name) {
+    for command in snapfs::cli::command().get_subcommands().filter(|command| !command.is_hide_set()) {
+        let name = command.get_name();
         assert!(name == "help" || made.contains(&format!(".SS \"snapfs {name}\"")), "{name}");
     }
 }

@@ -81,7 +81,7 @@ installed() {
 }
 
 qemu_packages=qemu-system-x86,libc-bin
-guest_packages=systemd-sysv,kmod,e2fsprogs
+guest_packages=systemd-sysv,udev,kmod,e2fsprogs,linux-image-cloud-amd64,initramfs-tools,grub-pc-bin,grub-common
 
 qemu_root() {
     once qemu "$qemu_packages" extracted qemu "$qemu_packages"

@@ -19,6 +19,8 @@ pub mod collect;
 
 pub mod store;
 
+pub mod clones;
+
 pub mod image;
 
 pub mod catalog;

@@ -71,7 +71,7 @@ pub struct MountSettings {
     pub device: Option<OwnedFd>,
     /// What the mount table shows as the source: the store's path.
     pub fsname: String,
-    /// The kernel refuses changes.
+    /// The kernel refuses changes: those of every path of this filesystem, clones included.
     pub read_only: bool,
     /// Users other than the mount's owner may ask; permissions still count.
     pub allow_other: bool,

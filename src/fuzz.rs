@@ -11,6 +11,10 @@ use crate::catalog::record::Record;
 use crate::catalog::roots::root_object;
 use crate::cli::files::partitions::{Source, partitions};
 use crate::cli::mount_options::MountOptions;
+use crate::clones::description::Description;
+use crate::clones::file::LocalFile;
+use crate::clones::map::{ENTRY_BYTES, Entry as MapEntry, Header, load};
+use crate::error::{Result, corrupt, unsupported};
 use crate::format::{ObjectKind, envelop, open_envelope};
 use crate::ingest::change_map::ChangeMap;
 use crate::ingest::partition::{FIRST_BYTES, grid_phase};
@@ -44,6 +48,8 @@ pub const ALL: &[(&str, Entry)] = &[
     ("partition_table", partition_table),
     ("snapshot_name", snapshot_name),
     ("mount_options", mount_options),
+    ("clone_description", clone_description),
+    ("clone_map", clone_map),
 ];
 
 /// A log record, as an object and as the body of one: most bodies never get past a checksum.
@@ -267,10 +273,77 @@ pub fn mount_options(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let lists: Vec<String> = text.split('\0').map(str::to_owned).collect();
     let options = MountOptions::parse(&lists);
+    // A quote that is not closed ends with its list: joined, it would reach into the next.
+    if lists.iter().any(|list| list.matches('"').count() % 2 != 0) {
+        return;
+    }
     let joined = MountOptions::parse(&[lists.join(",")]);
     match (options, joined) {
         (Ok(options), Ok(joined)) => assert!(options == joined, "mount options: lists differ from one list"),
         (Err(_), Err(_)) => {}
         _ => panic!("mount options: lists are taken where one list is not, or the other way round"),
+    }
+}
+
+/// The text of `clone.json`. It may be spelled in many ways; what was read is read again from what is written.
+pub fn clone_description(bytes: &[u8]) {
+    if let Ok(description) = Description::parse(bytes) {
+        let again = description.to_text().and_then(|text| Description::parse(text.as_bytes()));
+        assert!(again.is_ok_and(|again| again == description), "clone.json: another clone comes back");
+    }
+}
+
+/// The map of a clone, and what it is made of.
+pub fn clone_map(bytes: &[u8]) {
+    let (head, _) = bytes.split_at(bytes.len().min(ENTRY_BYTES));
+    let Ok(header) = Header::parse(head) else { return };
+    assert!(header.to_bytes() == head, "map: another header comes back");
+    for (place, entry) in (1..).zip(bytes.chunks_exact(ENTRY_BYTES).skip(1)) {
+        if let Ok(parsed) = MapEntry::parse(header.clone, header.blocks(), place, entry) {
+            assert!(parsed.to_bytes(header.clone, place) == entry, "map: another entry comes back");
+            let blocks = header.blocks();
+            let is_within = parsed.run().end <= blocks && parsed.masked().all(|block| block < blocks);
+            assert!(is_within, "map: an entry leads out of the image");
+        }
+    }
+    if let Ok(loaded) = load(&Bytes(bytes), header.clone, header.image_bytes) {
+        let past = loaded.blocks.next_run(header.blocks());
+        assert!(past.is_none(), "map: a block past the end of the image");
+        assert!(loaded.end.bytes() <= bytes.len() as u64, "map: goes on past its end");
+        assert!(loaded.is_torn || loaded.end.bytes() == bytes.len() as u64, "map: whole, and bytes are left");
+    }
+}
+
+/// Bytes as a file that cannot be changed.
+#[derive(Debug)]
+struct Bytes<'a>(&'a [u8]);
+
+impl LocalFile for Bytes<'_> {
+    fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let found = start.checked_add(out.len()).and_then(|end| self.0.get(start..end));
+        out.copy_from_slice(found.ok_or_else(|| corrupt("ends early"))?);
+        Ok(())
+    }
+    fn bytes(&self) -> Result<u64> {
+        Ok(self.0.len() as u64)
+    }
+    fn next(&self, offset: u64, _data: bool) -> Result<u64> {
+        Ok(offset)
+    }
+    fn write_at(&self, _offset: u64, _bytes: &[u8]) -> Result<()> {
+        Err(unsupported("is not to be changed"))
+    }
+    fn zero(&self, _offset: u64, _bytes: u64) -> Result<()> {
+        Err(unsupported("is not to be changed"))
+    }
+    fn reserve(&self, _offset: u64, _bytes: u64) -> Result<()> {
+        Err(unsupported("is not to be changed"))
+    }
+    fn set_len(&self, _bytes: u64) -> Result<()> {
+        Err(unsupported("is not to be changed"))
+    }
+    fn sync(&self) -> Result<()> {
+        Ok(())
     }
 }

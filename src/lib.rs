@@ -17,9 +17,9 @@ pub mod check;
 
 pub mod collect;
 
-pub mod store;
-
 pub mod clones;
+
+pub mod store;
 
 pub mod image;
 

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use rustix::mount::MountFlags;
 use rustix::process::{Resource, Rlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
@@ -179,11 +180,19 @@ impl Session {
         // Before the mount: a signal in between must not leave a dead one.
         let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(|e| Error::io("signals", e))?;
         let store = Store::open(&store, Arc::new(SystemClock::new()), shares)?;
+        let is_read_only = options.read_only;
         let fs = MountedStore::new(Arc::new(store), options);
         let about = format!("{} at {}", settings.fsname, settings.mountpoint.display());
         let mounted = fuse::mount(fs.clone(), &settings)?;
         let place = if settings.device.is_none() { Some(Place::find(&settings.mountpoint)?) } else { None };
         if let Some(place) = &place {
+            if is_read_only
+                && !settings.read_only
+                && let Err(e) = place.make_read_only(settings.no_exec)
+            {
+                place.leave();
+                return Err(e);
+            }
             place.set_read_ahead();
         }
         let ticker = Ticker::start(fs.clone())?;
@@ -259,6 +268,18 @@ impl Place {
             Error::new(ErrorKind::Unavailable, format!("{}: is not in the mount table", mountpoint.display()))
         })?;
         Ok(Self { mountpoint: mountpoint.to_owned(), device: row.device.clone() })
+    }
+
+    /// Makes this mount of the filesystem read-only, and not the filesystem: clones can be written through another mount
+    /// of it, which somebody binds to their folder.
+    fn make_read_only(&self, no_exec: bool) -> Result<()> {
+        // A remount sets all of a mount's own flags: those of before are repeated.
+        let mut flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID;
+        if no_exec {
+            flags |= MountFlags::NOEXEC;
+        }
+        rustix::mount::mount_remount(&self.mountpoint, flags, c"")
+            .map_err(|e| Error::io(format!("{}: make it read-only", self.mountpoint.display()), e.into()))
     }
 
     /// Best effort: without the privilege the mount is slower, no more.

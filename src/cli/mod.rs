@@ -3,6 +3,9 @@
 pub mod attach;
 pub mod backup;
 pub mod check;
+pub mod clone;
+pub mod clone_place;
+pub mod clones;
 pub mod daemon;
 pub mod demo;
 pub mod diff;
@@ -24,6 +27,7 @@ pub mod stats;
 pub mod store_arg;
 pub mod supervisor;
 pub mod umount;
+pub mod unclone;
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -73,13 +77,14 @@ Examples:
   cp web01.img /mnt/snapfs/web01/monday.part && mv /mnt/snapfs/web01/monday.part /mnt/snapfs/web01/monday.img
 
 Mount options:
-  ro                 nothing can change
+  ro                 nothing of the store can change
   seal_after=TIME    grace time after the last close: 500ms, 5s, 2m, 1h [default: 5s]
   max_memory=SIZE    memory to use at the most [default: 256M]
   threads=N          threads that answer requests [default: one a core, 4 to 16]
   allow_other        other users may ask; permissions count all the same [default for root]
   noallow_other      only the user who mounts may ask [default for others]
   noexec             no programs are run from the mount
+  clones=DIR         where writable clones are kept [default: /var/lib/snapfs/clones for root]
   log=FILE           log to a file instead of the system log
 
 With mount -t snapfs and in fstab there are also
@@ -151,6 +156,15 @@ enum Command {
     /// Free what is attached for guests that are gone
     #[command(after_help = attach::reap::EXAMPLES)]
     Reap(attach::reap::Reap),
+    /// Make a writable clone of a snapshot, and print the path of its file in the mount
+    #[command(after_help = clone::EXAMPLES)]
+    Clone(clone::Clone),
+    /// List the writable clones of a store on this host
+    #[command(after_help = clones::EXAMPLES)]
+    Clones(clones::Clones),
+    /// Remove a writable clone and all that was written to it
+    #[command(after_help = unclone::EXAMPLES)]
+    Unclone(unclone::Unclone),
     /// Take the whole tour on a made image, in a temporary folder
     #[command(after_help = demo::EXAMPLES)]
     Demo(demo::Demo),
@@ -324,6 +338,9 @@ fn run(args: Vec<OsString>) -> u8 {
         Command::Reap(command) => command.run(),
         Command::Files(command) => command.run(),
         Command::FilesInside(command) => command.run(),
+        Command::Clone(command) => command.run(),
+        Command::Clones(command) => command.run(),
+        Command::Unclone(command) => command.run(),
         Command::Demo(command) => command.run(),
     };
     match outcome {

@@ -11,6 +11,7 @@ use log::LevelFilter;
 use rustix::fs::{AtFlags, FileType, Stat, major, minor};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
+use crate::cli::clone_place::clones_root;
 use crate::cli::daemon::{self, Assignment, News};
 use crate::cli::logging::{LogTarget, init_logging};
 use crate::cli::mount_options::MountOptions;
@@ -41,7 +42,8 @@ const MESSAGE_BYTES_MAX: u64 = 64 << 10;
 /// Arguments of `snapfs mount`, but for the store and the mountpoint.
 #[derive(Debug, clap::Args)]
 pub struct Mount {
-    /// Options: ro, allow_other, noallow_other, noexec, seal_after=TIME, max_memory=SIZE, threads=N, log=FILE
+    /// Options: ro, allow_other, noallow_other, noexec, seal_after=TIME, max_memory=SIZE, threads=N, log=FILE,
+    /// clones=DIR
     #[arg(short = 'o', value_name = "OPTION,...")]
     pub options: Vec<String>,
 
@@ -174,18 +176,27 @@ fn assignment(store: &Path, mountpoint: &Path, options: &MountOptions, shares: M
         }
     };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let is_root = rustix::process::geteuid().is_root();
     let settings = MountSettings {
         mountpoint: mountpoint.path(),
         device,
         fsname: store.to_string_lossy().into_owned(),
-        read_only: options.read_only,
+        // Clones are written in a read-only mount too: root makes the mountpoint read-only, not the filesystem.
+        read_only: options.read_only && !is_root,
         allow_other,
         no_exec: options.no_exec,
         threads: options.threads.unwrap_or(cores.clamp(THREADS_MIN, THREADS_MAX)),
     };
     let defaults = Options::default();
     let seal_after = options.seal_after.unwrap_or(defaults.seal_after);
-    let options = Options { read_only: options.read_only, seal_after };
+    let clones = match clones_root(options.clones.as_deref()) {
+        Ok(folder) => Some(folder),
+        Err(e) => {
+            log::warn!("there are no clones in this mount: {e}");
+            None
+        }
+    };
+    let options = Options { read_only: options.read_only, seal_after, clones };
     Ok(Assignment { store, shares, options, settings })
 }
 

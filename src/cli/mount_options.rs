@@ -75,6 +75,8 @@ pub struct MountOptions {
     pub threads: Option<usize>,
     /// `log=FILE`.
     pub log: Option<PathBuf>,
+    /// `clones=DIR`.
+    pub clones: Option<PathBuf>,
 }
 
 impl MountOptions {
@@ -116,6 +118,8 @@ impl MountOptions {
             Some(("threads", value)) => self.threads = Some(parse_threads(value)?),
             Some(("log", "")) => return Err(invalid("no file")),
             Some(("log", value)) => self.log = Some(PathBuf::from(value)),
+            Some(("clones", "")) => return Err(invalid("no folder")),
+            Some(("clones", value)) => self.clones = Some(PathBuf::from(value)),
             Some(_) => return Ok(self.ignore(word)),
         }
         Ok(true)
@@ -190,7 +194,8 @@ mod tests {
     #[test]
     fn our_options_are_read() {
         let options = parsed(
-            "ro,allow_other,default_permissions,noexec,seal_after=1.5s,max_memory=512M,threads=8,log=/var/log/snapfs.log",
+            "ro,allow_other,default_permissions,noexec,seal_after=1.5s,max_memory=512M,threads=8,log=/var/log/snapfs.log,\
+             clones=/var/clones",
         );
         let expected = MountOptions {
             read_only: true,
@@ -201,6 +206,7 @@ mod tests {
             max_memory: Some(512 << 20),
             threads: Some(8),
             log: Some(PathBuf::from("/var/log/snapfs.log")),
+            clones: Some(PathBuf::from("/var/clones")),
         };
         assert_eq!(options, expected);
         assert_eq!(parsed(""), MountOptions::default());
@@ -260,6 +266,7 @@ mod tests {
             "threads=0",
             "threads=257",
             "log=",
+            "clones=",
             "ro=1",
             "allow_root",
             "x",

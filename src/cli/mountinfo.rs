@@ -20,8 +20,12 @@ pub struct Row {
     pub parent: u64,
     /// Device as `major:minor`.
     pub device: String,
+    /// What of the filesystem is mounted: `/`, but for a bind mount of a part of it.
+    pub root: PathBuf,
     /// Where it is mounted.
     pub mountpoint: PathBuf,
+    /// Whether nothing can be changed through this mount, for its own sake or the filesystem's.
+    pub read_only: bool,
     /// Type of the filesystem, such as `ext4` or `fuse.snapfs`.
     pub kind: String,
     /// What is mounted: a device, a path, or a word.
@@ -55,11 +59,18 @@ fn row(line: &[u8]) -> Option<Row> {
     let id = number(words.next()?)?;
     let parent = number(words.next()?)?;
     let device = std::str::from_utf8(words.next()?).ok()?.to_owned();
-    let mountpoint = PathBuf::from(unescaped(words.nth(1)?));
+    let root = PathBuf::from(unescaped(words.next()?));
+    let mountpoint = PathBuf::from(unescaped(words.next()?));
+    let read_only = has_ro(words.next()?);
     let mut words = words.skip_while(|word| *word != b"-").skip(1);
     let kind = String::from_utf8(unescaped(words.next()?).into_vec()).ok()?;
     let source = unescaped(words.next()?);
-    Some(Row { id, parent, device, mountpoint, kind, source })
+    let read_only = read_only || has_ro(words.next().unwrap_or_default());
+    Some(Row { id, parent, device, root, mountpoint, read_only, kind, source })
+}
+
+fn has_ro(options: &[u8]) -> bool {
+    options.split(|&b| b == b',').any(|option| option == b"ro")
 }
 
 fn number(word: &[u8]) -> Option<u64> {
@@ -95,23 +106,29 @@ mod tests {
 this is no line of the table
 37 22 0:46 / /mnt/x rw - tmpfs tmpfs rw
 40 37 0:47 / /mnt/x rw - fuse.snapfs /srv/b rw
-41 22 0:48 / /mnt/y\\ rw - fuse none rw
+41 22 0:48 / /mnt/y\\ rw - fuse none ro
+42 22 0:46 /.snapfs/clones /mnt/z ro,nosuid shared:7 - fuse.snapfs /srv/b rw
 ";
 
     #[test]
     fn a_table_is_taken_apart() {
         let rows = parse(TABLE);
-        assert_eq!(rows.len(), 5);
+        assert_eq!(rows.len(), 6);
         let expected = Row {
             id: 36,
             parent: 22,
             device: "0:45".to_owned(),
+            root: PathBuf::from("/"),
             mountpoint: PathBuf::from("/mnt/a b\\c\td"),
+            read_only: false,
             kind: SNAPFS_TYPE.to_owned(),
             source: OsString::from("/srv/my store"),
         };
         assert_eq!(rows[1], expected);
         assert_eq!(rows[4].mountpoint, Path::new("/mnt/y\\"));
+        let read_only: Vec<bool> = rows.iter().map(|row| row.read_only).collect();
+        assert_eq!(read_only, [false, false, false, false, true, true]);
+        assert_eq!(rows[5].root, Path::new("/.snapfs/clones"));
     }
 
     #[test]

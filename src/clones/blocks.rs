@@ -1,4 +1,4 @@
-//! A set of blocks of an image: which ones a clone holds itself.
+//! A set of blocks of an image: which ones a clone has itself.
 
 use std::ops::Range;
 
@@ -94,7 +94,10 @@ impl Blocks {
             let of = bitmap.statistics();
             // The library counts the bits of a bit set as its bytes.
             let bits = u64::from(of.n_bitset_containers) * BITSET_BYTES;
-            of.n_bytes_array_containers + of.n_bytes_run_containers + bits + u64::from(of.n_containers) * CONTAINER_BYTES
+            of.n_bytes_array_containers
+                + of.n_bytes_run_containers
+                + bits
+                + u64::from(of.n_containers) * CONTAINER_BYTES
         });
         bytes.sum()
     }

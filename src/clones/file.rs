@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use crate::error::{Error, Result, corrupt};
 
 /// Zeros that are written at a time where no holes can be made.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
 /// A file of this host. All calls may come from many threads at once.
 pub trait LocalFile: Send + Sync + Debug {
@@ -51,7 +51,7 @@ pub trait LocalFile: Send + Sync + Debug {
     ///
     /// # Errors
     /// `Unavailable`.
-    fn len(&self) -> Result<u64>;
+    fn bytes(&self) -> Result<u64>;
 
     /// Returns when everything written is durable.
     ///
@@ -133,7 +133,7 @@ impl LocalFile for OsFile {
         self.file.set_len(bytes).map_err(|e| self.failed("set the size", e))
     }
 
-    fn len(&self) -> Result<u64> {
+    fn bytes(&self) -> Result<u64> {
         self.file.metadata().map(|m| m.len()).map_err(|e| self.failed("size", e))
     }
 
@@ -145,9 +145,9 @@ impl LocalFile for OsFile {
         let from = if data { SeekFrom::Data(offset) } else { SeekFrom::Hole(offset) };
         match seek(&self.file, from) {
             Ok(at) => Ok(at),
-            Err(Errno::NXIO) => self.len(),
+            Err(Errno::NXIO) => self.bytes(),
             Err(Errno::INVAL | Errno::OPNOTSUPP) if data => Ok(offset),
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => self.len(),
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => self.bytes(),
             Err(e) => Err(self.failed("look for holes", e)),
         }
     }

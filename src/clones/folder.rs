@@ -36,6 +36,9 @@ pub const MAP_NAME: &str = "map";
 /// A map that is being written anew.
 const NEW_MAP_NAME: &str = "map.new";
 
+/// A description that is being written.
+const NEW_DESCRIPTION_NAME: &str = "clone.json.new";
+
 /// What names of clones that are being made, and removed, begin with. No clone has such a name.
 const BEING_MADE: &str = ".new-";
 const BEING_REMOVED: &str = ".gone-";
@@ -71,6 +74,11 @@ impl ClonesFolder {
     /// The folder for the store of this identity below `root`. It need not be there.
     pub fn new(root: &Path, store: &str) -> Self {
         Self { path: root.join(store) }
+    }
+
+    /// The folder of one store at this path.
+    pub fn at(path: PathBuf) -> Self {
+        Self { path }
     }
 
     /// Its path.
@@ -179,43 +187,32 @@ pub struct LockedFolder<'a> {
 }
 
 impl LockedFolder<'_> {
-    /// Makes a clone that holds nothing. It is durable and there as a whole when this returns. Returns the path of its
-    /// folder.
+    /// Makes a clone that has nothing of its own yet. It is durable and there as a whole when this returns; the path of
+    /// its folder, and what it is. `hold` is called when the clone can be found as litter, and gives the name of what it holds.
     ///
     /// # Errors
-    /// `Exists`, `Invalid` or `TooLong` for the name, `NoSpace`, `Denied`, `Unavailable`; then there is nothing.
-    pub fn create(&self, name: &str, description: &Description) -> Result<PathBuf> {
+    /// `Exists`, `Invalid` or `TooLong` for the name, what `hold` returns, `NoSpace`, `Denied`, `Unavailable`. Then
+    /// there may be litter.
+    pub fn create(
+        &self,
+        name: &str,
+        mut description: Description,
+        hold: impl FnOnce(&Description) -> Result<String>,
+    ) -> Result<(PathBuf, Description)> {
         check_name(name)?;
         let path = self.folder.path.join(name);
         if std::fs::symlink_metadata(&path).is_ok() {
             return Err(Error::new(ErrorKind::Exists, format!("clone {name:?} exists")));
         }
         let temporary = self.temporary(BEING_MADE, &description.clone);
-        let made = self.fill(&temporary, description).and_then(|()| {
-            std::fs::rename(&temporary, &path).map_err(|e| Error::io(path.display().to_string(), e))
+        let made = fill(&temporary, &description).and_then(|()| self.sync()).and_then(|()| {
+            description.hold = Some(hold(&description)?);
+            write_description(&temporary, &description)?;
+            sync_folder(&temporary)?;
+            std::fs::rename(&temporary, &path).map_err(|e| Error::io(path.display().to_string(), e))?;
+            self.sync()
         });
-        if let Err(e) = made {
-            let _ = std::fs::remove_dir_all(&temporary);
-            return Err(about_clone(name, e));
-        }
-        if let Err(e) = self.sync() {
-            let _ = std::fs::remove_dir_all(&path);
-            return Err(about_clone(name, e));
-        }
-        Ok(path)
-    }
-
-    fn fill(&self, folder: &Path, description: &Description) -> Result<()> {
-        let about = |e| Error::io(folder.display().to_string(), e);
-        DirBuilder::new().mode(0o700).create(folder).map_err(about)?;
-        let text = description.to_text()?;
-        let mut file = create_file(folder, FILE_NAME)?;
-        file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(about)?;
-        let data = create_file(folder, DATA_NAME)?;
-        data.set_len(description.image_bytes).and_then(|()| data.sync_all()).map_err(about)?;
-        let map = create_file(folder, MAP_NAME)?;
-        write(&OsFile::new(MAP_NAME, map), description.clone, description.image_bytes, &Blocks::default())?;
-        sync_folder(folder)
+        made.map(|()| (path, description)).map_err(|e| about_clone(name, e))
     }
 
     /// Removes a clone with all that was written to it. `between` runs when it is out of sight for good and before its
@@ -365,6 +362,26 @@ impl OpenClone {
     }
 }
 
+/// All files of a new clone.
+fn fill(folder: &Path, description: &Description) -> Result<()> {
+    let about = |e| Error::io(folder.display().to_string(), e);
+    DirBuilder::new().mode(0o700).create(folder).map_err(about)?;
+    write_description(folder, description)?;
+    let data = create_file(folder, DATA_NAME)?;
+    data.set_len(description.image_bytes).and_then(|()| data.sync_all()).map_err(about)?;
+    let map = create_file(folder, MAP_NAME)?;
+    write(&OsFile::new(MAP_NAME, map), description.clone, description.image_bytes, &Blocks::default())?;
+    sync_folder(folder)
+}
+
+fn write_description(folder: &Path, description: &Description) -> Result<()> {
+    let new = folder.join(NEW_DESCRIPTION_NAME);
+    let about = |e| Error::io(new.display().to_string(), e);
+    let mut file = create_file(folder, NEW_DESCRIPTION_NAME)?;
+    file.write_all(description.to_text()?.as_bytes()).and_then(|()| file.sync_all()).map_err(about)?;
+    std::fs::rename(&new, folder.join(FILE_NAME)).map_err(about)
+}
+
 fn about_clone(name: &str, cause: Error) -> Error {
     cause.within(format!("clone {name:?}"))
 }
@@ -385,7 +402,11 @@ fn is_named(file: &File, path: &Path) -> bool {
 }
 
 fn open_file(folder: &Path, name: &str) -> Result<File> {
-    let file = File::options().read(true).write(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(folder.join(name));
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(folder.join(name));
     let file = file.map_err(|e| Error::io(name, e))?;
     let is_file = file.metadata().is_ok_and(|m| m.is_file());
     if is_file { Ok(file) } else { Err(corrupt(format!("{name}: is no file"))) }

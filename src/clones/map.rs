@@ -1,9 +1,9 @@
-//! The map of a clone: which blocks it holds itself, as a log of slots that a crash can only cut.
+//! The map of a clone: which blocks the clone has itself, as a log of entries that a crash can only cut.
 //!
-//! A header, then slots of 64 bytes, so that none lies in two sectors of a disk. What one flush brings is a *batch*:
-//! all its slots carry its number and their count. A batch is written when its blocks are durable, and the next one
-//! when it is durable itself; so a bad slot of the last batch was not finished, and nobody was told that it was,
-//! while a bad slot before it is damage. docs/FORMAT.md is normative.
+//! A header, then entries of 64 bytes, so that none lies in two sectors of a disk. What one flush brings is a *round*:
+//! all its entries carry its number and their count. A round is written when its blocks are durable, and the next one
+//! when it is durable itself; so a bad entry of the last round was not finished, and nobody was told that it was,
+//! while a bad entry before it is damage. docs/FORMAT.md is normative.
 
 use std::ops::Range;
 
@@ -20,16 +20,16 @@ pub const MAGIC: [u8; 8] = *b"SNAPMAP\n";
 /// The version of the map that this program writes and reads.
 pub const VERSION: u32 = 1;
 
-/// Bytes of the header, and of a slot.
-pub const SLOT_BYTES: usize = 64;
+/// Bytes of the header, and of an entry.
+pub const ENTRY_BYTES: usize = 64;
 
-/// Blocks that the mask of a slot speaks of.
+/// Blocks that the mask of an entry speaks of.
 pub const MASK_BLOCKS: u64 = 192;
 
-/// Slots that are read or written at a time: 1 MiB.
-const CHUNK_SLOTS: usize = 16 << 10;
+/// Entries that are read or written at a time: 1 MiB.
+const CHUNK_ENTRIES: usize = 16 << 10;
 
-/// The identity of a clone: 16 random bytes, drawn when it is made. It is in all checksums of the map, so that no slot
+/// The identity of a clone: 16 random bytes, drawn when it is made. It is in all checksums of the map, so that no entry
 /// of another clone passes for one of this.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct CloneId(pub [u8; 16]);
@@ -45,19 +45,19 @@ wire_struct! {
         pub image_bytes: u64,
         /// Of which clone.
         pub clone: CloneId,
-        /// Slots that were durable before the file got its name, the header included: none of them can be unfinished.
+        /// Entries that were durable before the file got its name, the header included: none of them can be unfinished.
         pub settled: u64,
     }
 }
 
 wire_struct! {
     /// One entry of the map, without its checksum: a run of blocks, and some of the blocks after it.
-    pub struct Slot {
-        /// Number of the batch, from 1.
-        pub batch: u32,
-        /// Place in the batch, from 0.
+    pub struct Entry {
+        /// Number of the round, from 1.
+        pub round: u32,
+        /// Place in the round, from 0.
         pub index: u32,
-        /// Slots of the batch.
+        /// Entries of the round.
         pub count: u32,
         /// First block of the run.
         pub first: u64,
@@ -68,7 +68,7 @@ wire_struct! {
     }
 }
 
-/// The mask of a slot.
+/// The mask of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Mask(pub [u8; 24]);
 
@@ -93,7 +93,7 @@ impl Wire for Mask {
 impl Header {
     /// The header of a map that is begun with `blocks`.
     pub fn new(clone: CloneId, image_bytes: u64, blocks: &Blocks) -> Self {
-        let settled = compact_slots(blocks);
+        let settled = compact_entries(blocks);
         Self { version: VERSION, block_bytes: BLOCK_BYTES as u32, image_bytes, clone, settled }
     }
 
@@ -141,11 +141,11 @@ impl Header {
     }
 }
 
-impl Slot {
-    /// The 64 bytes of the slot at `place`: the header is at 0, the first slot at 1.
+impl Entry {
+    /// The 64 bytes of the entry at `place`: the header is at 0, the first entry at 1.
     pub fn to_bytes(&self, clone: CloneId, place: u64) -> Vec<u8> {
         let mut bytes = encode(self);
-        let checksum = slot_checksum(clone, place, &bytes);
+        let checksum = entry_checksum(clone, place, &bytes);
         bytes.extend_from_slice(&checksum);
         bytes
     }
@@ -156,19 +156,19 @@ impl Slot {
     /// `Corrupt`.
     pub fn parse(clone: CloneId, blocks: u64, place: u64, bytes: &[u8]) -> Result<Self> {
         let mut reader = Reader::new(bytes);
-        let slot = Self::take(&mut reader)?;
+        let entry = Self::take(&mut reader)?;
         let checksum = reader.array::<16>()?;
         reader.end()?;
         let body = bytes.get(..bytes.len().saturating_sub(16)).unwrap_or_default();
-        if slot_checksum(clone, place, body) != checksum {
+        if entry_checksum(clone, place, body) != checksum {
             return Err(corrupt("checksum does not match"));
         }
-        let past = slot.first.checked_add(u64::from(slot.run)).filter(|end| *end <= blocks);
-        let fits = past.is_some_and(|end| slot.masked().all(|block| block < blocks && block >= end));
-        if slot.batch == 0 || slot.run == 0 || slot.index >= slot.count || !fits {
+        let past = entry.first.checked_add(u64::from(entry.run)).filter(|end| *end <= blocks);
+        let fits = past.is_some_and(|end| entry.masked().all(|block| block < blocks && block >= end));
+        if entry.round == 0 || entry.run == 0 || entry.index >= entry.count || !fits {
             return Err(corrupt("speaks of what cannot be"));
         }
-        Ok(slot)
+        Ok(entry)
     }
 
     /// The blocks of the run.
@@ -179,19 +179,18 @@ impl Slot {
     /// The blocks of the mask.
     pub fn masked(&self) -> impl Iterator<Item = u64> + '_ {
         let from = self.run().end;
-        let bits = (0..MASK_BLOCKS).filter(|bit| {
-            self.mask.0.get((bit / 8) as usize).is_some_and(|byte| byte & (1 << (bit % 8)) != 0)
-        });
+        let bits = (0..MASK_BLOCKS)
+            .filter(|bit| self.mask.0.get((bit / 8) as usize).is_some_and(|byte| byte & (1 << (bit % 8)) != 0));
         bits.map(move |bit| from.saturating_add(bit))
     }
 }
 
-fn slot_checksum(clone: CloneId, place: u64, body: &[u8]) -> [u8; 16] {
-    short(b"snapfs clone map slot", &[&clone.0, &place.to_le_bytes(), body])
+fn entry_checksum(clone: CloneId, place: u64, body: &[u8]) -> [u8; 16] {
+    short(b"snapfs clone map entry", &[&clone.0, &place.to_le_bytes(), body])
 }
 
-/// The slots that a set of blocks takes, as (first, run, mask). Never more than the ranges that it was made of.
-fn slots_of(blocks: &Blocks) -> impl Iterator<Item = (u64, u32, Mask)> + '_ {
+/// The entries that a set of blocks takes, as (first, run, mask). Never more than the ranges that it was made of.
+fn entries_of(blocks: &Blocks) -> impl Iterator<Item = (u64, u32, Mask)> + '_ {
     let mut at = 0;
     std::iter::from_fn(move || {
         let found = blocks.next_run(at)?;
@@ -215,38 +214,38 @@ fn slots_of(blocks: &Blocks) -> impl Iterator<Item = (u64, u32, Mask)> + '_ {
 pub struct Loaded {
     /// The header.
     pub header: Header,
-    /// The blocks that the clone holds.
+    /// The blocks that the clone has.
     pub blocks: Blocks,
     /// Where the log goes on.
     pub end: End,
-    /// Its last batch was not finished, or there is something after it: it must be compacted before it goes on.
+    /// Its last round was not finished, or there is something after it: it must be compacted before it goes on.
     pub is_torn: bool,
 }
 
 /// Where a log goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct End {
-    /// Slots, the header included.
-    pub slots: u64,
-    /// Number of the last batch.
-    pub batch: u32,
+    /// Entries, the header included.
+    pub entries: u64,
+    /// Number of the last round.
+    pub round: u32,
 }
 
 impl End {
     /// The same in bytes.
     pub fn bytes(&self) -> u64 {
-        self.slots * SLOT_BYTES as u64
+        self.entries * ENTRY_BYTES as u64
     }
 }
 
 /// Reads a map. Cost: all of it, 1 MiB at a time.
 ///
 /// # Errors
-/// `Corrupt` when anything but the last batch is damaged, `Unsupported`, `Unavailable`.
+/// `Corrupt` when anything but the last round is damaged, `Unsupported`, `Unavailable`.
 pub fn load(file: &dyn LocalFile, clone: CloneId, image_bytes: u64) -> Result<Loaded> {
-    let bytes = file.len()?;
-    let mut first = [0; SLOT_BYTES];
-    if bytes < SLOT_BYTES as u64 {
+    let bytes = file.bytes()?;
+    let mut first = [0; ENTRY_BYTES];
+    if bytes < ENTRY_BYTES as u64 {
         return Err(corrupt("ends before its header does"));
     }
     file.read_at(0, &mut first)?;
@@ -255,62 +254,67 @@ pub fn load(file: &dyn LocalFile, clone: CloneId, image_bytes: u64) -> Result<Lo
         return Err(corrupt("belongs to another clone"));
     }
     let mut scan = Scan::new(&header);
-    let slots = bytes / SLOT_BYTES as u64;
-    if slots < header.settled {
-        return Err(corrupt(format!("has {slots} slots, fewer than the {} that it was begun with", header.settled)));
+    let entries = bytes / ENTRY_BYTES as u64;
+    if entries < header.settled {
+        return Err(corrupt(format!(
+            "has {entries} entries, fewer than the {} that it was begun with",
+            header.settled
+        )));
     }
-    let mut chunk = vec![0; CHUNK_SLOTS.min(usize::try_from(slots).unwrap_or(usize::MAX)) * SLOT_BYTES];
+    let mut chunk = vec![0; CHUNK_ENTRIES.min(usize::try_from(entries).unwrap_or(usize::MAX)) * ENTRY_BYTES];
     let mut place = 1;
-    while place < slots {
-        let count = (slots - place).min(CHUNK_SLOTS as u64);
-        let part = chunk.get_mut(..count as usize * SLOT_BYTES).unwrap_or_default();
-        file.read_at(place * SLOT_BYTES as u64, part)?;
-        for slot in part.chunks_exact(SLOT_BYTES) {
-            scan.take(slot)?;
+    while place < entries {
+        let count = (entries - place).min(CHUNK_ENTRIES as u64);
+        let part = chunk.get_mut(..count as usize * ENTRY_BYTES).unwrap_or_default();
+        file.read_at(place * ENTRY_BYTES as u64, part)?;
+        for entry in part.chunks_exact(ENTRY_BYTES) {
+            scan.take(entry)?;
         }
         place += count;
     }
-    let is_torn = scan.bad.is_some() || scan.left > 0 || !bytes.is_multiple_of(SLOT_BYTES as u64);
-    let end = End { slots: scan.bad.unwrap_or(slots), batch: scan.batch };
+    let is_torn = scan.bad.is_some() || scan.left > 0 || !bytes.is_multiple_of(ENTRY_BYTES as u64);
+    let end = End { entries: scan.bad.unwrap_or(entries), round: scan.round };
     Ok(Loaded { header, blocks: scan.blocks, end, is_torn })
 }
 
-/// The state of reading slots one after another.
+/// The state of reading entries one after another.
 struct Scan {
     clone: CloneId,
     image_blocks: u64,
     settled: u64,
     blocks: Blocks,
     place: u64,
-    // The batch that is being read, or was read last, and how many of its slots are still to come.
-    batch: u32,
+    // The round that is being read, or was read last, and how many of its entries are still to come.
+    round: u32,
     left: u32,
-    // Place of the first bad slot.
+    // Place of the first bad entry.
     bad: Option<u64>,
 }
 
 impl Scan {
     fn new(header: &Header) -> Self {
         let (clone, image_blocks, settled) = (header.clone, header.blocks(), header.settled);
-        Self { clone, image_blocks, settled, blocks: Blocks::default(), place: 1, batch: 0, left: 0, bad: None }
+        Self { clone, image_blocks, settled, blocks: Blocks::default(), place: 1, round: 0, left: 0, bad: None }
     }
 
     fn take(&mut self, bytes: &[u8]) -> Result<()> {
         let place = self.place;
         self.place += 1;
-        let parsed = Slot::parse(self.clone, self.image_blocks, place, bytes).ok();
-        // What is written after the batch with the bad slot proves that this batch was durable once.
-        let unfinished = if self.left > 0 { self.batch } else { self.batch.saturating_add(1) };
+        let parsed = Entry::parse(self.clone, self.image_blocks, place, bytes).ok();
+        // What is written after the round with the bad entry proves that this round was durable once.
+        let unfinished = if self.left > 0 { self.round } else { self.round.saturating_add(1) };
         let Some(bad) = self.bad else {
-            match parsed.as_ref().filter(|slot| self.goes_on(slot)) {
-                Some(slot) => {
-                    self.batch = slot.batch;
-                    self.left = slot.count - slot.index - 1;
-                    self.blocks.insert(slot.run());
-                    slot.masked().for_each(|block| self.blocks.insert(block..block + 1));
+            match parsed.as_ref().filter(|entry| self.goes_on(entry)) {
+                Some(entry) => {
+                    self.round = entry.round;
+                    self.left = entry.count - entry.index - 1;
+                    self.blocks.insert(entry.run());
+                    entry.masked().for_each(|block| self.blocks.insert(block..block + 1));
                 }
                 None if place < self.settled => {
-                    return Err(corrupt(format!("slot {place} is damaged, which was durable before the map was used")));
+                    return Err(corrupt(format!(
+                        "entry {place} is damaged, which was durable before the map was used"
+                    )));
                 }
                 None => {
                     self.bad = Some(place);
@@ -322,48 +326,48 @@ impl Scan {
         self.check_follower(parsed.as_ref(), unfinished, bad)
     }
 
-    fn check_follower(&self, slot: Option<&Slot>, unfinished: u32, bad: u64) -> Result<()> {
-        match slot {
-            Some(slot) if slot.batch > unfinished => {
-                Err(corrupt(format!("slot {bad} is damaged, and what was written after it is not")))
+    fn check_follower(&self, entry: Option<&Entry>, unfinished: u32, bad: u64) -> Result<()> {
+        match entry {
+            Some(entry) if entry.round > unfinished => {
+                Err(corrupt(format!("entry {bad} is damaged, and what was written after it is not")))
             }
             _ => Ok(()),
         }
     }
 
-    /// Whether a slot is the next one: of the batch that is being read, or the first of the next batch.
-    fn goes_on(&self, slot: &Slot) -> bool {
+    /// Whether an entry is the next one: of the round that is being read, or the first of the next round.
+    fn goes_on(&self, entry: &Entry) -> bool {
         if self.left > 0 {
-            slot.batch == self.batch && slot.count - slot.index == self.left
+            entry.round == self.round && entry.count - entry.index == self.left
         } else {
-            Some(slot.batch) == self.batch.checked_add(1) && slot.index == 0
+            Some(entry.round) == self.round.checked_add(1) && entry.index == 0
         }
     }
 }
 
-/// Appends a batch; nothing is written for no blocks. The caller syncs the file, before the next batch at the latest.
+/// Appends a round; nothing is written for no blocks. The caller syncs the file, before the next round at the latest.
 ///
 /// # Errors
 /// `NoSpace`, `Unavailable`; then the file must be cut to `end` before anything else is appended.
 pub fn append(file: &dyn LocalFile, clone: CloneId, end: End, blocks: &Blocks) -> Result<End> {
-    let count = slots_of(blocks).count();
-    let Some(batch) = end.batch.checked_add(1).filter(|_| count > 0) else { return Ok(end) };
-    let count = u32::try_from(count).map_err(|_| corrupt("map: more slots than a batch can have"))?;
-    let mut chunk = Vec::with_capacity((count as usize).min(CHUNK_SLOTS) * SLOT_BYTES);
-    let mut written = end.slots;
-    for (index, (first, run, mask)) in (0..count).zip(slots_of(blocks)) {
-        let slot = Slot { batch, index, count, first, run, mask };
-        chunk.extend_from_slice(&slot.to_bytes(clone, end.slots + u64::from(index)));
-        if chunk.len() >= CHUNK_SLOTS * SLOT_BYTES {
-            file.write_at(written * SLOT_BYTES as u64, &chunk)?;
-            written = end.slots + u64::from(index) + 1;
+    let count = entries_of(blocks).count();
+    let Some(round) = end.round.checked_add(1).filter(|_| count > 0) else { return Ok(end) };
+    let count = u32::try_from(count).map_err(|_| corrupt("map: more entries than a round can have"))?;
+    let mut chunk = Vec::with_capacity((count as usize).min(CHUNK_ENTRIES) * ENTRY_BYTES);
+    let mut written = end.entries;
+    for (index, (first, run, mask)) in (0..count).zip(entries_of(blocks)) {
+        let entry = Entry { round, index, count, first, run, mask };
+        chunk.extend_from_slice(&entry.to_bytes(clone, end.entries + u64::from(index)));
+        if chunk.len() >= CHUNK_ENTRIES * ENTRY_BYTES {
+            file.write_at(written * ENTRY_BYTES as u64, &chunk)?;
+            written = end.entries + u64::from(index) + 1;
             chunk.clear();
         }
     }
     if !chunk.is_empty() {
-        file.write_at(written * SLOT_BYTES as u64, &chunk)?;
+        file.write_at(written * ENTRY_BYTES as u64, &chunk)?;
     }
-    Ok(End { slots: end.slots + u64::from(count), batch })
+    Ok(End { entries: end.entries + u64::from(count), round })
 }
 
 /// Writes a whole map into an empty file and syncs it. The file must get its name only then.
@@ -372,15 +376,15 @@ pub fn append(file: &dyn LocalFile, clone: CloneId, end: End, blocks: &Blocks) -
 /// `NoSpace`, `Unavailable`.
 pub fn write(file: &dyn LocalFile, clone: CloneId, image_bytes: u64, blocks: &Blocks) -> Result<End> {
     file.write_at(0, &Header::new(clone, image_bytes, blocks).to_bytes())?;
-    let end = append(file, clone, End { slots: 1, batch: 0 }, blocks)?;
+    let end = append(file, clone, End { entries: 1, round: 0 }, blocks)?;
     file.sync()?;
     Ok(end)
 }
 
-/// Slots that a map of these blocks takes when it is written anew, the header included.
-pub fn compact_slots(blocks: &Blocks) -> u64 {
-    1 + slots_of(blocks).count() as u64
+/// Entries that a map of these blocks takes when it is written anew, the header included.
+pub fn compact_entries(blocks: &Blocks) -> u64 {
+    1 + entries_of(blocks).count() as u64
 }
 
-const _: () = assert!(8 + 4 + 4 + 8 + 16 + 8 + 16 == SLOT_BYTES, "docs/FORMAT.md: the header has 64 bytes");
-const _: () = assert!(4 + 4 + 4 + 8 + 4 + 24 + 16 == SLOT_BYTES, "docs/FORMAT.md: a slot has 64 bytes");
+const _: () = assert!(8 + 4 + 4 + 8 + 16 + 8 + 16 == ENTRY_BYTES, "docs/FORMAT.md: the header has 64 bytes");
+const _: () = assert!(4 + 4 + 4 + 8 + 4 + 24 + 16 == ENTRY_BYTES, "docs/FORMAT.md: an entry has 64 bytes");

@@ -1,13 +1,13 @@
 //! Writable clones: a snapshot, and beside it what was written since, in a local overlay that no crash mixes up.
 //!
 //! ```text
-//!   read ──> held? ──yes──> data    a sparse file, same offsets as the image
+//!   read ──> local? ──yes──> data    a sparse file, same offsets as the image
 //!                └───no───> base    the snapshot, which never changes
-//!   write ─> data, whole blocks (what is missing of one comes from the base), then: held, in memory
-//!   flush ─> sync data · append what is newly held to the map · sync map
+//!   write ─> data, whole blocks (what is missing of one comes from the base), then: local, in memory
+//!   flush ─> sync data · append what is newly local to the map · sync map
 //! ```
 //!
-//! Only what the map says is held is ever read from the data file, so after a crash a block is what was flushed, or
+//! Only what the map says is local is ever read from the data file, so after a crash a block is what was flushed, or
 //! something newer of the same block, or the snapshot's. A block that is in the map already is overwritten in place,
 //! as on any disk.
 
@@ -15,7 +15,9 @@ pub mod blocks;
 pub mod description;
 pub mod file;
 pub mod folder;
+pub mod lifecycle;
 pub mod map;
+pub mod snapshot;
 mod stripes;
 #[cfg(test)]
 mod tests;
@@ -26,7 +28,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGua
 
 use crate::clones::blocks::Blocks;
 use crate::clones::file::LocalFile;
-use crate::clones::map::{CloneId, End, Loaded, SLOT_BYTES};
+use crate::clones::map::{CloneId, ENTRY_BYTES, End, Loaded};
 use crate::clones::stripes::Stripes;
 use crate::error::{Error, ErrorKind, Result, corrupt};
 use crate::image::reader::Image;
@@ -37,7 +39,7 @@ const BLOCK: u64 = BLOCK_BYTES as u64;
 /// Room of the map that is kept ahead of what has to be written to it, so that a flush does not fail on a full disk.
 const MAP_RESERVE_BYTES: u64 = 64 << 10;
 
-/// How often the memory of the set of held blocks is looked at, in writes that brought blocks to it: it grows by less
+/// How often the memory of the set of local blocks is looked at, in writes that brought blocks to it: it grows by less
 /// than 1 MiB meanwhile.
 const WRITES_PER_COUNT: u32 = 16 << 10;
 
@@ -126,14 +128,14 @@ struct State {
     map: Arc<dyn LocalFile>,
     end: End,
     // What is read from the data file, and the part of it that the map does not have yet.
-    held: Blocks,
+    local: Blocks,
     pending: Blocks,
     promise: Promise,
     bytes_counted: u64,
     writes_uncounted: u32,
 }
 
-/// Slots that will have to be appended, at the most: one for each write that brought blocks.
+/// Entries that will have to be appended, at the most: one for each write that brought blocks.
 #[derive(Debug, Default)]
 struct Promise {
     in_flight: u64,
@@ -144,7 +146,7 @@ struct Promise {
 }
 
 impl Promise {
-    fn slots(&self) -> u64 {
+    fn entries(&self) -> u64 {
         self.in_flight + self.pending + self.appending
     }
 }
@@ -164,7 +166,7 @@ impl Overlay {
         memory: Arc<MapMemory>,
     ) -> Result<Self> {
         let name = name.into();
-        let bytes = data.len()?;
+        let bytes = data.bytes()?;
         if bytes != image_bytes {
             return Err(corrupt(format!("clone {name}: data has {bytes} bytes, the image {image_bytes}")));
         }
@@ -175,8 +177,8 @@ impl Overlay {
             data,
             state: RwLock::new(State {
                 map: map.clone(),
-                end: End { slots: 0, batch: 0 },
-                held: Blocks::default(),
+                end: End { entries: 0, round: 0 },
+                local: Blocks::default(),
                 pending: Blocks::default(),
                 promise: Promise::default(),
                 bytes_counted: 0,
@@ -193,7 +195,7 @@ impl Overlay {
     }
 
     /// Reads the map from a file and goes on with it. Returns whether it must be compacted before anything is
-    /// written: its last batch is torn, or most of it says what other parts say as well. Nothing may be unflushed.
+    /// written: its last round is torn, or most of it says what other parts say as well. Nothing may be unflushed.
     ///
     /// # Errors
     /// As [`Overlay::open`].
@@ -201,12 +203,12 @@ impl Overlay {
         let loaded = map::load(&*map, self.clone, self.image_bytes).map_err(|e| self.about("map", e))?;
         let Loaded { mut blocks, end, is_torn, .. } = loaded;
         let bytes_counted = blocks.shrink();
-        let is_wasteful = end.slots > 2 * map::compact_slots(&blocks) + WASTED_SLOTS;
+        let is_wasteful = end.entries > 2 * map::compact_entries(&blocks) + WASTED_ENTRIES;
         let mut state = self.state_mut();
         self.memory.replace(state.bytes_counted, bytes_counted);
         let promise = Promise { room_bytes: end.bytes(), ..Promise::default() };
         *state =
-            State { map, end, held: blocks, pending: Blocks::default(), promise, bytes_counted, writes_uncounted: 0 };
+            State { map, end, local: blocks, pending: Blocks::default(), promise, bytes_counted, writes_uncounted: 0 };
         self.is_lost.store(false, Ordering::SeqCst);
         if self.memory.is_full() {
             return Err(self.memory_is_full());
@@ -219,7 +221,7 @@ impl Overlay {
     /// # Errors
     /// `NoSpace`, `Unavailable`.
     pub fn write_map(&self, file: &dyn LocalFile) -> Result<()> {
-        let written = map::write(file, self.clone, self.image_bytes, &self.state().held);
+        let written = map::write(file, self.clone, self.image_bytes, &self.state().local);
         written.map(drop).map_err(|e| self.about("map", e))
     }
 
@@ -229,14 +231,14 @@ impl Overlay {
     }
 
     /// Blocks that the clone holds itself.
-    pub fn blocks_held(&self) -> u64 {
-        self.state().held.count()
+    pub fn blocks_local(&self) -> u64 {
+        self.state().local.count()
     }
 
     /// Whether any byte of a range was written, as far as blocks tell.
-    pub fn holds_any(&self, range: Range<u64>) -> bool {
+    pub fn has_any(&self, range: Range<u64>) -> bool {
         let blocks = range.start / BLOCK..range.end.div_ceil(BLOCK);
-        range.start < range.end && self.state().held.runs(blocks).next().is_some()
+        range.start < range.end && self.state().local.runs(blocks).next().is_some()
     }
 
     /// Reads into `out`, which is filled completely on `Ok`.
@@ -245,18 +247,18 @@ impl Overlay {
     /// `Invalid` past the end; what the base returns; `Corrupt`, `Unavailable`.
     pub fn read_at(&self, base: &dyn Base, offset: u64, out: &mut [u8]) -> Result<()> {
         let end = self.end_of(offset, out.len() as u64)?;
-        let runs: Vec<Range<u64>> = self.state().held.runs(offset / BLOCK..end.div_ceil(BLOCK)).collect();
+        let runs: Vec<Range<u64>> = self.state().local.runs(offset / BLOCK..end.div_ceil(BLOCK)).collect();
         let mut rest = out;
         let mut at = offset;
         for run in runs {
             let from = (run.start * BLOCK).clamp(at, end);
             let until = run.end.saturating_mul(BLOCK).clamp(from, end);
             let (below, tail) = rest.split_at_mut((from - at) as usize);
-            let (held, tail) = tail.split_at_mut((until - from) as usize);
+            let (local, tail) = tail.split_at_mut((until - from) as usize);
             if !below.is_empty() {
                 base.read_at(at, below)?;
             }
-            self.data.read_at(from, held).map_err(|e| self.about("data", e))?;
+            self.data.read_at(from, local).map_err(|e| self.about("data", e))?;
             rest = tail;
             at = until;
         }
@@ -307,17 +309,13 @@ impl Overlay {
         self.put(from, &whole)
     }
 
-    /// A range, widened to whole blocks where it begins or ends within a block that is not held.
+    /// A range, widened to whole blocks where it begins or ends within a block that is not local.
     fn missing(&self, offset: u64, end: u64) -> (u64, u64) {
         let state = self.state();
-        let is_missing = |at: u64| !state.held.contains(at / BLOCK);
+        let is_missing = |at: u64| !state.local.contains(at / BLOCK);
         let from = if offset.is_multiple_of(BLOCK) || !is_missing(offset) { offset } else { offset - offset % BLOCK };
         let is_end = end.is_multiple_of(BLOCK) || end == self.image_bytes;
-        let until = if is_end || !is_missing(end) {
-            end
-        } else {
-            end.next_multiple_of(BLOCK).min(self.image_bytes)
-        };
+        let until = if is_end || !is_missing(end) { end } else { end.next_multiple_of(BLOCK).min(self.image_bytes) };
         (from, until)
     }
 
@@ -357,10 +355,10 @@ impl Overlay {
         self.data.reserve(offset, bytes).map_err(|e| self.about("data", e))
     }
 
-    /// Changes the data file and then calls these blocks held: in this order, so that nobody reads what is not there.
+    /// Changes the data file and then calls these blocks local: in this order, so that nobody reads what is not there.
     fn bring(&self, blocks: Range<u64>, change: impl FnOnce() -> Result<()>) -> Result<()> {
         self.check_lost()?;
-        let brings = !self.state().held.contains_all(blocks.clone());
+        let brings = !self.state().local.contains_all(blocks.clone());
         if brings {
             self.promise()?;
         }
@@ -370,7 +368,7 @@ impl Overlay {
             state.promise.in_flight -= 1;
             if changed.is_ok() {
                 state.promise.pending += 1;
-                state.held.insert(blocks.clone());
+                state.local.insert(blocks.clone());
                 state.pending.insert(blocks);
                 state.writes_uncounted += 1;
                 if state.writes_uncounted >= WRITES_PER_COUNT {
@@ -383,7 +381,7 @@ impl Overlay {
         changed
     }
 
-    /// Sets room for one more slot of the map aside: what was accepted can also be flushed.
+    /// Sets room for one more entry of the map aside: what was accepted can also be flushed.
     fn promise(&self) -> Result<()> {
         if self.memory.is_full() {
             return Err(self.memory_is_full());
@@ -391,7 +389,7 @@ impl Overlay {
         let mut state = self.state_mut();
         state.promise.in_flight += 1;
         let start = state.end.bytes();
-        let wanted = state.promise.slots() * SLOT_BYTES as u64;
+        let wanted = state.promise.entries() * ENTRY_BYTES as u64;
         if start + wanted > state.promise.room_bytes {
             let bytes = wanted + MAP_RESERVE_BYTES;
             if let Err(e) = state.map.reserve(start, bytes) {
@@ -404,7 +402,7 @@ impl Overlay {
     }
 
     fn count_memory(&self, state: &mut State) {
-        let bytes = state.held.shrink() + state.pending.shrink();
+        let bytes = state.local.shrink() + state.pending.shrink();
         self.memory.replace(state.bytes_counted, bytes);
         state.bytes_counted = bytes;
         state.writes_uncounted = 0;
@@ -485,7 +483,7 @@ impl Overlay {
     fn seek(&self, base: &dyn Base, offset: u64, data: bool) -> Result<u64> {
         let mut at = offset;
         while at < self.image_bytes {
-            let run = self.state().held.next_run(at / BLOCK);
+            let run = self.state().local.next_run(at / BLOCK);
             let run = run.map_or(self.image_bytes..self.image_bytes, |r| r.start * BLOCK..r.end.saturating_mul(BLOCK));
             let (found, until) = if run.start <= at {
                 (self.data.next(at, data).map_err(|e| self.about("data", e))?, run.end)
@@ -547,5 +545,5 @@ impl Drop for Overlay {
     }
 }
 
-/// So many slots too many are no reason to write a map anew.
-const WASTED_SLOTS: u64 = 16 << 10;
+/// So many entries too many are no reason to write a map anew.
+const WASTED_ENTRIES: u64 = 16 << 10;

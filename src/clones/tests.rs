@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
-use crate::clones::file::LocalFile;
-use crate::clones::map::{CloneId, End, Header, SLOT_BYTES, Slot, append, load, write};
-use crate::clones::{Base, MapMemory, Overlay};
 use crate::clones::blocks::Blocks;
+use crate::clones::file::LocalFile;
+use crate::clones::map::{CloneId, ENTRY_BYTES, End, Entry, Header, append, load, write};
+use crate::clones::{Base, MapMemory, Overlay};
 use crate::error::{Error, ErrorKind, Result, corrupt};
 
 const BLOCK: usize = 4096;
@@ -219,7 +219,7 @@ impl LocalFile for Fragile {
         Ok(())
     }
 
-    fn len(&self) -> Result<u64> {
+    fn bytes(&self) -> Result<u64> {
         Ok(self.content.lock().unwrap().now.len() as u64)
     }
 
@@ -249,10 +249,7 @@ fn new_files(trigger: &Arc<Trigger>) -> (Fragile, Fragile) {
     data.set_len(IMAGE_BYTES as u64).unwrap();
     data.sync().unwrap();
     write(&map, CLONE, IMAGE_BYTES as u64, &Blocks::default()).unwrap();
-    (
-        Fragile { trigger: trigger.clone(), ..data },
-        Fragile { trigger: trigger.clone(), ..map },
-    )
+    (Fragile { trigger: trigger.clone(), ..data }, Fragile { trigger: trigger.clone(), ..map })
 }
 
 fn memory() -> Arc<MapMemory> {
@@ -582,7 +579,7 @@ fn what_lies_outside_of_the_image_is_refused() {
     }
     overlay.write_at(&base, end, &[]).unwrap();
     overlay.zero(&base, end, 0).unwrap();
-    assert_eq!(overlay.blocks_held(), 0);
+    assert_eq!(overlay.blocks_local(), 0);
     data.set_len(end - 1).unwrap();
     assert_eq!(open(&data, &map).unwrap_err().kind(), ErrorKind::Corrupt);
 }
@@ -594,13 +591,14 @@ fn i8_the_map_takes_no_more_memory_than_it_may() {
     let (data, map) = new_files(&trigger);
     let memory = Arc::new(MapMemory::new(10));
     let overlay =
-        Overlay::open("test", CLONE, IMAGE_BYTES as u64, Box::new(data), Arc::new(map.clone()), memory.clone()).unwrap();
+        Overlay::open("test", CLONE, IMAGE_BYTES as u64, Box::new(data), Arc::new(map.clone()), memory.clone())
+            .unwrap();
     overlay.write_at(&base, 0, &[1; BLOCK]).unwrap();
     overlay.count_memory(&mut overlay.state_mut());
     let refused = overlay.write_at(&base, 8 * BLOCK as u64, &[1; BLOCK]).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::NoSpace);
     assert!(refused.to_string().contains("max_memory"), "{refused}");
-    // What is held already can be written, and all can be flushed.
+    // What is local already can be written, and all can be flushed.
     overlay.write_at(&base, 0, &[2; BLOCK]).unwrap();
     overlay.flush().unwrap();
     drop(overlay);
@@ -608,21 +606,21 @@ fn i8_the_map_takes_no_more_memory_than_it_may() {
 }
 
 #[test]
-fn a_bad_slot_is_damage_unless_it_may_be_unfinished() {
+fn a_bad_entry_is_damage_unless_it_may_be_unfinished() {
     let trigger = Trigger::new(None);
     let map = Fragile::new(512, &trigger);
     let mut begun = Blocks::default();
     begun.insert(2..4);
     begun.insert(400..401);
     let mut end = write(&map, CLONE, 1 << 30, &begun).unwrap();
-    assert_eq!(end, End { slots: 3, batch: 1 });
-    // Batches of one, two and three slots.
-    for batch in 2..5_u64 {
+    assert_eq!(end, End { entries: 3, round: 1 });
+    // Rounds of one, two and three entries.
+    for round in 2..5_u64 {
         let mut blocks = Blocks::default();
-        (0..batch - 1).for_each(|n| blocks.insert(batch * 10_000 + n * 1000..batch * 10_000 + n * 1000 + 3));
+        (0..round - 1).for_each(|n| blocks.insert(round * 10_000 + n * 1000..round * 10_000 + n * 1000 + 3));
         end = append(&map, CLONE, end, &blocks).unwrap();
     }
-    assert_eq!(end, End { slots: 9, batch: 4 });
+    assert_eq!(end, End { entries: 9, round: 4 });
     let whole = map.content.lock().unwrap().now.clone();
     let loaded = |bytes: &[u8]| {
         let file = Fragile::new(512, &trigger);
@@ -630,38 +628,38 @@ fn a_bad_slot_is_damage_unless_it_may_be_unfinished() {
         load(&file, CLONE, 1 << 30).map(|loaded| (loaded.blocks.count(), loaded.is_torn))
     };
     assert_eq!(loaded(&whole).unwrap(), (21, false));
-    // The last batch has the slots 6, 7 and 8. Anything may be wrong with it, and nothing with those before.
-    for slot in 0..9 {
-        for bit in [0, 70, 200, 8 * SLOT_BYTES - 1] {
+    // The last round has the entries 6, 7 and 8. Anything may be wrong with it, and nothing with those before.
+    for entry in 0..9 {
+        for bit in [0, 70, 200, 8 * ENTRY_BYTES - 1] {
             let mut bad = whole.clone();
-            bad[slot * SLOT_BYTES + bit / 8] ^= 1 << (bit % 8);
+            bad[entry * ENTRY_BYTES + bit / 8] ^= 1 << (bit % 8);
             match loaded(&bad) {
                 Ok((count, is_torn)) => {
-                    assert!(slot >= 6 && is_torn, "slot {slot}");
-                    assert_eq!(count, 12 + 3 * (slot as u64 - 6));
+                    assert!(entry >= 6 && is_torn, "entry {entry}");
+                    assert_eq!(count, 12 + 3 * (entry as u64 - 6));
                 }
-                Err(e) => assert!(slot < 6 && e.kind() == ErrorKind::Corrupt, "slot {slot}: {e}"),
+                Err(e) => assert!(entry < 6 && e.kind() == ErrorKind::Corrupt, "entry {entry}: {e}"),
             }
         }
     }
     for length in 0..whole.len() {
         match loaded(&whole[..length]) {
-            // A map cut at the end of a batch is whole as far as anybody can tell.
+            // A map cut at the end of a round is whole as far as anybody can tell.
             Ok((_, is_torn)) => assert_eq!(is_torn, ![3, 4, 6].contains(&(length / 64)) || length % 64 != 0),
-            Err(e) => assert!(length < 3 * SLOT_BYTES && e.kind() == ErrorKind::Corrupt, "{length}: {e}"),
+            Err(e) => assert!(length < 3 * ENTRY_BYTES && e.kind() == ErrorKind::Corrupt, "{length}: {e}"),
         }
     }
-    // Slots of another clone, or from another place, are none.
+    // Entries of another clone, or from another place, are none.
     let mut moved = whole.clone();
-    moved.copy_within(SLOT_BYTES..2 * SLOT_BYTES, 2 * SLOT_BYTES);
+    moved.copy_within(ENTRY_BYTES..2 * ENTRY_BYTES, 2 * ENTRY_BYTES);
     assert_eq!(loaded(&moved).unwrap_err().kind(), ErrorKind::Corrupt);
     let file = Fragile::new(512, &trigger);
     file.write_at(0, &whole).unwrap();
     assert_eq!(load(&file, CloneId([8; 16]), 1 << 30).unwrap_err().kind(), ErrorKind::Corrupt);
     assert_eq!(load(&file, CLONE, 1 << 29).unwrap_err().kind(), ErrorKind::Corrupt);
-    let slot = Slot::parse(CLONE, 1 << 18, 1, &whole[64..128]).unwrap();
-    assert_eq!(slot.run().chain(slot.masked()).collect::<Vec<_>>(), [2, 3]);
-    assert!(Slot::parse(CLONE, 3, 1, &whole[64..128]).is_err(), "past the end of the image");
+    let entry = Entry::parse(CLONE, 1 << 18, 1, &whole[64..128]).unwrap();
+    assert_eq!(entry.run().chain(entry.masked()).collect::<Vec<_>>(), [2, 3]);
+    assert!(Entry::parse(CLONE, 3, 1, &whole[64..128]).is_err(), "past the end of the image");
 }
 
 #[test]

@@ -71,14 +71,14 @@ impl MountedStore {
         Handle(number)
     }
 
-    fn handle(&self, handle: Handle) -> Result<OpenHandle> {
+    pub(super) fn handle(&self, handle: Handle) -> Result<OpenHandle> {
         lock(&self.handles).get(&handle.0).cloned().ok_or_else(|| invalid("unknown handle"))
     }
 
     fn open_handle(&self, handle: Handle) -> Result<Arc<OpenFile>> {
         match self.handle(handle)? {
             OpenHandle::File { file, .. } => Ok(file),
-            OpenHandle::Text(_) => Err(invalid("is no image")),
+            OpenHandle::Clone { .. } | OpenHandle::Text(_) => Err(invalid("is no image")),
         }
     }
 
@@ -160,6 +160,7 @@ impl MountedStore {
             Node::File(vm, _, id) => (vm, id),
             Node::Status if write => return Err(denied("is not to be written")),
             Node::Status => return Ok(self.open_text(self.status_text())),
+            Node::Clone(name, id) => return self.open_clone(&name, id, write, truncate),
             _ => return Err(Error::new(ErrorKind::IsFolder, "is a folder")),
         };
         if write || truncate {
@@ -290,6 +291,7 @@ impl MountedStore {
     pub fn read(&self, handle: Handle, offset: u64, out: &mut [u8]) -> Result<usize> {
         let file = match self.handle(handle)? {
             OpenHandle::File { file, .. } => file,
+            OpenHandle::Clone { file, .. } => return file.read(offset, out),
             OpenHandle::Text(text) => {
                 let rest = text.as_bytes().get(usize::try_from(offset).unwrap_or(usize::MAX)..).unwrap_or_default();
                 let count = rest.len().min(out.len());
@@ -312,7 +314,10 @@ impl MountedStore {
     /// # Errors
     /// `Denied`, `TooLarge`, `NoSpace`, `Busy` when fenced, `Corrupt`, `Unavailable`.
     pub fn write(&self, handle: Handle, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.draft_of(handle)?.write_at(offset, bytes, self.store.clock().now())
+        match self.written_clone(handle)? {
+            Some(clone) => clone.write(offset, bytes),
+            None => self.draft_of(handle)?.write_at(offset, bytes, self.store.clock().now()),
+        }
     }
 
     /// close(2) of one descriptor: everything written is durable when this returns (I9). Free when nothing was
@@ -323,6 +328,7 @@ impl MountedStore {
     pub fn flush(&self, handle: Handle) -> Result<()> {
         match self.handle(handle)? {
             OpenHandle::File { file, write: true } => self.commit(&file, true),
+            OpenHandle::Clone { file, write: true } => file.overlay().flush(),
             _ => Ok(()),
         }
     }
@@ -334,6 +340,7 @@ impl MountedStore {
     pub fn sync(&self, handle: Handle) -> Result<()> {
         match self.handle(handle)? {
             OpenHandle::File { file, write: true } => self.commit(&file, false),
+            OpenHandle::Clone { file, .. } => file.overlay().flush(),
             _ => Ok(()),
         }
     }
@@ -363,8 +370,10 @@ impl MountedStore {
     /// The last close of a handle.
     pub fn release(&self, handle: Handle) {
         let open = lock(&self.handles).remove(&handle.0);
-        if let Some(OpenHandle::File { file, write }) = open {
-            self.close(&file, write);
+        match open {
+            Some(OpenHandle::File { file, write }) => self.close(&file, write),
+            Some(OpenHandle::Clone { file, write }) => self.close_clone(file, write),
+            Some(OpenHandle::Text(_)) | None => {}
         }
     }
 
@@ -432,6 +441,9 @@ impl MountedStore {
     /// # Errors
     /// As [`MountedStore::write`].
     pub fn allocate(&self, handle: Handle, offset: u64, bytes: u64, how: Allocate) -> Result<()> {
+        if let Some(clone) = self.written_clone(handle)? {
+            return clone.allocate(offset, bytes, how);
+        }
         let draft = self.draft_of(handle)?;
         let now = self.store.clock().now();
         let end = offset.checked_add(bytes).ok_or_else(|| Error::new(ErrorKind::TooLarge, "range is too large"))?;
@@ -451,6 +463,9 @@ impl MountedStore {
     /// # Errors
     /// `Corrupt`, `Unavailable`.
     pub fn seek_data(&self, handle: Handle, offset: u64) -> Result<Option<u64>> {
+        if let OpenHandle::Clone { file, .. } = self.handle(handle)? {
+            return file.overlay().seek_data(file.base(), offset);
+        }
         let file = self.open_handle(handle)?;
         match file.draft() {
             Some(draft) if offset >= draft.bytes() => Ok(None),
@@ -467,6 +482,10 @@ impl MountedStore {
     /// # Errors
     /// `Corrupt`, `Unavailable`.
     pub fn seek_hole(&self, handle: Handle, offset: u64) -> Result<Option<u64>> {
+        if let OpenHandle::Clone { file, .. } = self.handle(handle)? {
+            let is_past = offset >= file.overlay().bytes();
+            return if is_past { Ok(None) } else { file.overlay().seek_hole(file.base(), offset).map(Some) };
+        }
         let file = self.open_handle(handle)?;
         if let Some(draft) = file.draft() {
             let bytes = draft.bytes();
@@ -485,7 +504,9 @@ impl MountedStore {
     /// # Errors
     /// As [`MountedStore::read`] and [`MountedStore::write`].
     pub fn copy_range(&self, from: Handle, from_offset: u64, to: Handle, to_offset: u64, bytes: u64) -> Result<u64> {
-        let source = self.open_handle(from)?;
+        let (OpenHandle::File { file: source, .. }, None) = (self.handle(from)?, self.written_clone(to)?) else {
+            return self.copy_bytes(from, from_offset, to, to_offset, bytes);
+        };
         let target = self.draft_of(to)?;
         if source.vm.name() == target.session().vm().name() && source.draft().is_none() {
             let image = self.image(&source, &mut lock(&source.state))?;
@@ -494,12 +515,16 @@ impl MountedStore {
                 return Ok(done);
             }
         }
+        self.copy_bytes(from, from_offset, to, to_offset, bytes)
+    }
+
+    fn copy_bytes(&self, from: Handle, from_offset: u64, to: Handle, to_offset: u64, bytes: u64) -> Result<u64> {
         let count = usize::try_from(bytes).unwrap_or(usize::MAX).min(COPY_BYTES);
         let mut buffer = vec![0; count];
         let count = self.read(from, from_offset, &mut buffer)?;
         let part = buffer.get(..count).unwrap_or_default();
         if !part.is_empty() {
-            target.write_at(to_offset, part, self.store.clock().now())?;
+            self.write(to, to_offset, part)?;
         }
         Ok(count as u64)
     }

@@ -3,6 +3,7 @@
 //! The log of each VM is the truth for names; what is added here is what lives between open and close: drafts,
 //! their grace times, and the sessions that they share.
 
+mod clones;
 mod files;
 mod nodes;
 mod seal;
@@ -18,6 +19,7 @@ use crate::catalog::record::{Attributes as FolderAttributes, Changes, Op, Target
 use crate::catalog::state::{FileEntry, VmState};
 use crate::catalog::vm::Vm;
 use crate::error::{Error, ErrorKind, Result, invalid, not_found};
+use crate::fs::clones::{CloneFile, Clones};
 use crate::fs::files::OpenFile;
 use crate::fs::nodes::{Node, Nodes};
 use crate::fs::seal::Candidate;
@@ -32,6 +34,9 @@ use crate::units::FileId;
 
 /// How long the kernel may keep what only records of other processes change.
 const KEEP: Duration = Duration::from_secs(1);
+
+/// In the control folder, the folder of writable clones.
+const CLONES_FOLDER: &str = "clones";
 
 /// A VM's log is looked at anew when the last look is older than this.
 const REFRESH_AFTER: Duration = Duration::from_millis(300);
@@ -56,6 +61,7 @@ pub struct MountedStore {
     to_merge: Mutex<BTreeSet<String>>,
     looked_at: Mutex<HashMap<String, Duration>>,
     lingering_links: Mutex<HashMap<(String, Option<String>), Duration>>,
+    clones: Clones,
     budget: Arc<Budget>,
     spill_folder: PathBuf,
     is_scanned: AtomicBool,
@@ -64,6 +70,7 @@ pub struct MountedStore {
 #[derive(Clone)]
 enum OpenHandle {
     File { file: Arc<OpenFile>, write: bool },
+    Clone { file: Arc<CloneFile>, write: bool },
     Text(Arc<str>),
 }
 
@@ -77,9 +84,11 @@ impl MountedStore {
         prepare();
         let budget = Arc::new(Budget::new(store.shares().segments));
         let spill_folder = store.derived_root().map_or_else(std::env::temp_dir, |d| d.join("spill"));
+        let clones = Clones::new(options.clones.as_deref(), &store.config().store, store.shares().map_bytes);
         Arc::new(Self {
             store,
             options,
+            clones,
             nodes: Nodes::default(),
             handles: Mutex::default(),
             next_handle: AtomicU64::new(1),
@@ -138,6 +147,8 @@ impl MountedStore {
                 Ok(Node::Vm(name.to_owned()))
             }
             Node::Control if name == "status" => Ok(Node::Status),
+            Node::Control if name == CLONES_FOLDER => Ok(Node::Clones),
+            Node::Clones => self.find_clone(name),
             Node::Vm(vm) => {
                 let (_, state) = self.vm(vm)?;
                 if state.disks.contains_key(name) {
@@ -216,6 +227,9 @@ impl MountedStore {
                 let bytes = self.status_text().len() as u64;
                 Ok(Attributes { keep: Duration::ZERO, ..fixed(Kind::File, bytes, 0o444, 1) })
             }
+            // Names of clones are their owners' alone; who knows one may pass.
+            Node::Clones => Ok(fixed(Kind::Folder, 0, 0o711, 2)),
+            Node::Clone(name, id) => self.clone_attributes(name, *id, ino),
             Node::Vm(vm) => {
                 let (_, state) = self.vm(vm)?;
                 let attributes = state.attributes.ok_or_else(|| not_found(format!("VM {vm:?} is not there")))?;
@@ -269,8 +283,12 @@ impl MountedStore {
     /// # Errors
     /// `Sealed`, `ReadOnly`, `Denied`, `Busy`, `NoSpace`, `TooLarge`, `Corrupt`, `Unavailable`.
     pub fn set_attributes(&self, ino: Ino, handle: Option<Handle>, set: SetAttributes) -> Result<Attributes> {
-        self.writable()?;
         let node = self.nodes.node(ino)?;
+        if let Node::Clone(name, id) = &node {
+            self.set_clone_attributes(name, *id, set)?;
+            return self.attributes_of(&node);
+        }
+        self.writable()?;
         let changes = Changes { mode: set.mode.map(|m| m & 0o7777), uid: set.uid, gid: set.gid, mtime: set.mtime };
         match &node {
             Node::Vm(vm) => self.change(vm, Target::Vm {}, changes)?,
@@ -394,7 +412,7 @@ impl MountedStore {
                     Ok((if there { vec![Op::RemoveDisk { name: disk.clone() }] } else { Vec::new() }, ()))
                 })
             }
-            Node::Control => Err(denied("is not to be removed")),
+            Node::Control | Node::Clones => Err(denied("is not to be removed")),
             _ => Err(Error::new(ErrorKind::NotFolder, format!("{name:?} is no folder"))),
         }
     }
@@ -424,6 +442,7 @@ impl MountedStore {
             // It follows from the snapshots beside it; `rm -r` tries all the same.
             Node::Latest(..) => Ok(()),
             Node::Status => Err(denied("is not to be removed")),
+            Node::Clone(..) => Err(denied("a clone is removed by snapfs unclone")),
             _ => Err(Error::new(ErrorKind::IsFolder, format!("{name:?} is a folder"))),
         }
     }
@@ -513,7 +532,11 @@ impl MountedStore {
                 }
             }
             // The control folder itself is never listed; what is in it may be.
-            Node::Control => rows.push(entry(&Node::Status, Kind::File, "status")),
+            Node::Control => {
+                rows.push(entry(&Node::Status, Kind::File, "status"));
+                rows.push(entry(&Node::Clones, Kind::Folder, CLONES_FOLDER));
+            }
+            Node::Clones => self.list_clones(&mut rows)?,
             Node::Vm(vm) => {
                 let (_, state) = self.vm(vm)?;
                 self.list_files(&state, vm, None, &mut rows);
@@ -545,7 +568,8 @@ impl MountedStore {
     pub fn parent_of(&self, ino: Ino) -> Ino {
         match self.nodes.node(ino) {
             Ok(Node::Disk(vm, _)) => self.nodes.ino(&Node::Vm(vm)),
-            Ok(Node::Status) => self.nodes.ino(&Node::Control),
+            Ok(Node::Status | Node::Clones) => self.nodes.ino(&Node::Control),
+            Ok(Node::Clone(..)) => self.nodes.ino(&Node::Clones),
             _ => ROOT,
         }
     }
@@ -562,6 +586,7 @@ impl MountedStore {
             "version": env!("CARGO_PKG_VERSION"),
             "store": self.store.config().store,
             "read_only": self.options.read_only,
+            "clones": self.clones.path(),
         });
         format!("{status}\n")
     }

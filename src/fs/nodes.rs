@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
+use crate::clones::map::CloneId;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::short;
 use crate::fs::types::{Ino, ROOT};
@@ -17,6 +18,10 @@ pub enum Node {
     Control,
     /// `.snapfs/status`.
     Status,
+    /// `.snapfs/clones`.
+    Clones,
+    /// A writable clone: its name, and which one of that name.
+    Clone(String, CloneId),
     /// A VM's folder.
     Vm(String),
     /// A disk's folder.
@@ -34,6 +39,8 @@ impl Node {
             Self::Root => vec![b"root"],
             Self::Control => vec![b"control"],
             Self::Status => vec![b"status"],
+            Self::Clones => vec![b"clones"],
+            Self::Clone(name, id) => vec![b"clone", name.as_bytes(), &id.0],
             Self::Vm(vm) => vec![b"vm", vm.as_bytes()],
             Self::Disk(vm, disk) => vec![b"disk", vm.as_bytes(), disk.as_bytes()],
             Self::File(vm, incarnation, id) => {

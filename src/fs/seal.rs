@@ -183,11 +183,12 @@ impl MountedStore {
     /// # Errors
     /// The first error of a commit.
     pub fn shut_down(&self) -> Result<()> {
+        let flushed = self.flush_clones();
         if self.options.read_only {
-            return Ok(());
+            return flushed;
         }
         let outcome = self.commit_all();
         self.seal_due(true);
-        outcome
+        outcome.and(flushed)
     }
 }

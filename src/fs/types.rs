@@ -1,5 +1,6 @@
 //! Plain types of the mounted tree: what the transport hands in and gets back.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::clock::Timestamp;
@@ -20,7 +21,7 @@ pub struct Handle(pub u64);
 pub enum Kind {
     /// A folder.
     Folder,
-    /// A snapshot, a draft or a file of the control folder.
+    /// A snapshot, a draft, a clone or a file of the control folder.
     File,
     /// `latest`.
     Link,
@@ -56,7 +57,7 @@ pub struct Attributes {
 pub struct Opened {
     /// Its handle.
     pub handle: Handle,
-    /// The kernel must not cache its bytes: a draft, or a file of the control folder.
+    /// The kernel must not cache its bytes: a draft, a clone, or a file of the control folder.
     pub direct: bool,
     /// Bytes that the kernel has cached are still right: a sealed snapshot.
     pub keep_cache: bool,
@@ -115,15 +116,17 @@ pub enum Allocate {
 /// Options of a mount that the tree needs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Options {
-    /// Nothing may change.
+    /// Nothing of the store may change; clones are no part of it.
     pub read_only: bool,
     /// How long after the last close a draft is sealed.
     pub seal_after: Duration,
+    /// The folder of writable clones of all stores on this host. Without it there are none.
+    pub clones: Option<PathBuf>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { read_only: false, seal_after: Duration::from_secs(5) }
+        Self { read_only: false, seal_after: Duration::from_secs(5), clones: None }
     }
 }
 

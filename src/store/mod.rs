@@ -35,6 +35,8 @@ pub struct MemoryShares {
     pub cache_bytes: usize,
     /// Segments being written, of all files together.
     pub segments: usize,
+    /// Maps of the clones that are open.
+    pub map_bytes: u64,
 }
 
 impl MemoryShares {
@@ -49,13 +51,13 @@ impl MemoryShares {
         let spare = cap_bytes - (MEMORY_BYTES_MIN - (32 << 20));
         let cache_bytes = usize::try_from(spare / 3).unwrap_or(usize::MAX);
         let segments = usize::try_from(spare / 3 / (2 << 20)).unwrap_or(usize::MAX).clamp(12, 4096);
-        Ok(Self { cache_bytes, segments })
+        Ok(Self { cache_bytes, segments, map_bytes: spare / 6 })
     }
 }
 
 impl Default for MemoryShares {
     fn default() -> Self {
-        Self::of(MEMORY_BYTES_DEFAULT).unwrap_or(Self { cache_bytes: 48 << 20, segments: 24 })
+        Self::of(MEMORY_BYTES_DEFAULT).unwrap_or(Self { cache_bytes: 48 << 20, segments: 24, map_bytes: 24 << 20 })
     }
 }
 

@@ -10,9 +10,9 @@ use rustix::fs::{FlockOperation, flock};
 use crate::whole::{Disk, Loop, MIB, Place, eventually, image, need_loop, need_tools, same, signal};
 use crate::world::noise;
 
-const COMMANDS: [&str; 17] = [
+const COMMANDS: [&str; 20] = [
     "init", "mount", "umount", "backup", "restore", "list", "show", "diff", "forget", "gc", "check", "stats", "files",
-    "attach", "detach", "reap", "demo",
+    "attach", "detach", "reap", "clone", "clones", "unclone", "demo",
 ];
 
 #[test]

@@ -201,7 +201,7 @@ fn the_backup_of_a_changed_image() {
 }
 
 fn tree(store: &Arc<Store>) -> Arc<MountedStore> {
-    MountedStore::new(store.clone(), Options { read_only: false, seal_after: Duration::from_secs(5) })
+    MountedStore::new(store.clone(), Options::default())
 }
 
 fn folder(fs: &MountedStore, name: &str) -> Result<Ino> {

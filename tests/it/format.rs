@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use snapfs::backend::testing::Memory;
@@ -16,6 +17,10 @@ use snapfs::catalog::roots::{open_root, root_key, root_object};
 use snapfs::catalog::state::VmState;
 use snapfs::catalog::vm::{checkpoint_key, pack_key, record_key};
 use snapfs::clock::{ManualClock, Timestamp};
+use snapfs::clones::blocks::Blocks;
+use snapfs::clones::description::Description;
+use snapfs::clones::file::OsFile;
+use snapfs::clones::map::{CloneId, End, Entry, Header, Mask, load};
 use snapfs::error::{Error, ErrorKind};
 use snapfs::fingerprint::{digest, fingerprint, short};
 use snapfs::format::{ENVELOPE_BYTES, ObjectKind, VERSION, envelop, open_envelope};
@@ -66,6 +71,11 @@ pub fn blocks() -> BTreeMap<String, Vec<u8>> {
 /// The text of the page's example of `snapfs.toml`.
 pub fn snapfs_toml() -> String {
     fenced("toml name=").into_iter().find(|(name, _)| name == "snapfs.toml").expect("no example").1
+}
+
+/// The text of the page's example of `clone.json`.
+pub fn clone_json() -> String {
+    fenced("json name=").into_iter().find(|(name, _)| name == "clone.json").expect("no example").1
 }
 
 fn fenced(kind: &str) -> Vec<(String, String)> {
@@ -233,6 +243,44 @@ fn hold() -> Hold {
 fn a_hold_is_as_written() {
     same("hold", &hold().to_object());
     assert_eq!(Hold::from_object(&block("hold")).unwrap(), hold());
+}
+
+const CLONE: CloneId = CloneId([15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0]);
+
+fn clone_description() -> Description {
+    Description {
+        clone: CLONE,
+        store: STORE.to_owned(),
+        snapshot: "web01/monday.img".to_owned(),
+        vm: "web01".to_owned(),
+        incarnation: INCARNATION,
+        file: FILE,
+        root: ROOT,
+        image_bytes: 8192,
+        data_blocks: 1,
+        created: Timestamp(after(6).0 + 7),
+        hold: Some(hold().id.to_string()),
+    }
+}
+
+#[test]
+fn a_clone_is_as_written() {
+    assert_eq!(clone_description().to_text().unwrap(), clone_json());
+    assert_eq!(Description::parse(clone_json().as_bytes()).unwrap(), clone_description());
+    let header = Header::new(CLONE, 8192, &Blocks::default());
+    same("clone-map-header", &header.to_bytes());
+    assert_eq!(Header::parse(&block("clone-map-header")).unwrap(), header);
+    let entry = Entry { round: 1, index: 0, count: 1, first: 1, run: 1, mask: Mask::default() };
+    same("clone-map-entry", &entry.to_bytes(CLONE, 1));
+    assert_eq!(Entry::parse(CLONE, 2, 1, &block("clone-map-entry")).unwrap(), entry);
+    assert!(Entry::parse(CLONE, 2, 2, &block("clone-map-entry")).is_err(), "another place");
+    // Together they are the map of a clone whose second block was written.
+    let mut blocks = Blocks::default();
+    blocks.insert(1..2);
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(&[block("clone-map-header"), block("clone-map-entry")].concat(), 0).unwrap();
+    let loaded = load(&OsFile::new("map", file), CLONE, 8192).unwrap();
+    assert_eq!((loaded.blocks, loaded.is_torn, loaded.end), (blocks, false, End { entries: 2, round: 1 }));
 }
 
 fn state() -> VmState {

@@ -6,6 +6,9 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use snapfs::clones::blocks::Blocks;
+use snapfs::clones::file::OsFile;
+use snapfs::clones::map::{CloneId, append, write};
 use snapfs::fingerprint::{fingerprint, short};
 use snapfs::fuzz::ALL;
 use snapfs::pack::Content;
@@ -15,7 +18,7 @@ use snapfs::popular::index::{IndexBuilder, IndexIdentity};
 use snapfs::recipe::GroupPage;
 use snapfs::units::{Epoch, Incarnation, Serial, SlotId, VmGroup};
 
-use crate::format::{blocks, snapfs_toml};
+use crate::format::{blocks, clone_json, snapfs_toml};
 use crate::world::{Rng, World, noise, put};
 
 /// Inputs of each function.
@@ -75,6 +78,11 @@ fn valid_encodings() -> Vec<(String, Vec<u8>)> {
             }
             "group-page" => add("group_page", &bytes),
             "recipe" => add("recipe", &bytes),
+            "clone-map-header" => {
+                add("clone_map", &bytes);
+                let entry = blocks().into_iter().find(|(name, _)| name == "clone-map-entry").unwrap().1;
+                add("clone_map", &[bytes, entry].concat());
+            }
             "pack-data" | "pack-recipes" => add("pack_header", &bytes[..HEADER_BYTES]),
             "pack-data-tail" | "pack-recipes-tail" => add("pack_tail", &bytes),
             "frame-recipes" => add("frame", &bytes),
@@ -140,7 +148,26 @@ fn valid_encodings() -> Vec<(String, Vec<u8>)> {
     let options =
         "ro,allow_other,noexec,seal_after=1.5s,max_memory=512M,threads=8,log=/tmp/log\0rw,x-systemd.automount";
     add("mount_options", options.as_bytes());
+    add("clone_description", clone_json().as_bytes());
+    add("clone_map", &clone_map());
     valid
+}
+
+/// A map of several rounds, as a file has it.
+fn clone_map() -> Vec<u8> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("map");
+    let file = OsFile::new("map", std::fs::File::create_new(&path).unwrap());
+    let clone = CloneId([7; 16]);
+    let mut blocks = Blocks::default();
+    blocks.insert(3..70_000);
+    let mut end = write(&file, clone, 1 << 40, &blocks).unwrap();
+    for round in 0..5_u64 {
+        let mut blocks = Blocks::default();
+        (0..20).for_each(|n| blocks.insert(n * n * 1000 * round..n * n * 1000 * round + n));
+        end = append(&file, clone, end, &blocks).unwrap();
+    }
+    std::fs::read(path).unwrap()
 }
 
 fn mbr() -> Vec<u8> {
@@ -228,6 +255,15 @@ fn set_checksums(bytes: &mut [u8]) {
     if bytes.len() == HEADER_BYTES && bytes.starts_with(b"SNAPFS\r\n") && bytes[8] == 3 {
         let checksum = short(b"snapfs pack header", &[&bytes[..HEADER_BYTES - 16]]);
         bytes[HEADER_BYTES - 16..].copy_from_slice(&checksum);
+    } else if bytes.len() >= 64 && bytes.starts_with(b"SNAPMAP\n") {
+        let (header, entries) = bytes.split_at_mut(64);
+        let checksum = short(b"snapfs clone map", &[&header[..48]]);
+        header[48..].copy_from_slice(&checksum);
+        for (place, entry) in (1_u64..).zip(entries.chunks_exact_mut(64)) {
+            let parts = [&header[24..40], &place.to_le_bytes(), &entry[..48]];
+            let checksum = short(b"snapfs clone map entry", &parts);
+            entry[48..].copy_from_slice(&checksum);
+        }
     } else if bytes.len() >= 40 && bytes.starts_with(b"SNAPFS\r\n") {
         let length = (bytes.len() as u64 - 40).to_le_bytes();
         bytes[16..24].copy_from_slice(&length);

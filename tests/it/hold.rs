@@ -6,7 +6,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use snapfs::backend::testing::{Fault, Faulty, Memory};
 use snapfs::backend::{Backend, Key};
@@ -197,7 +196,7 @@ fn the_removal_of_a_vm_keeps_what_is_held() {
     let store = Arc::new(scene.store(&scene.memory));
     let id = hold(&store, &scene.file(1)).unwrap();
     forget(&store, &["vm/0.img", "vm/1.img", "vm/2.img"].map(name)).unwrap();
-    let mount = MountedStore::new(store.clone(), Options { read_only: false, seal_after: Duration::from_secs(5) });
+    let mount = MountedStore::new(store.clone(), Options::default());
     mount.remove_folder(ROOT, "vm").unwrap();
     assert_eq!(store.vm(&vm()).err().unwrap().kind(), ErrorKind::NotFound);
     let again = scene.store(&scene.memory);
@@ -558,7 +557,7 @@ fn any_history_keeps_what_is_live_or_held_and_nothing_else() {
                     }
                 }
                 7 if live.is_empty() => {
-                    let options = Options { read_only: false, seal_after: Duration::from_secs(5) };
+                    let options = Options::default();
                     let mount = MountedStore::new(Arc::new(scene.store(&memory)), options);
                     // It may be removed already.
                     let _ = mount.remove_folder(ROOT, "vm");

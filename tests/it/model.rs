@@ -2,7 +2,6 @@
 //! its seed; `SNAPFS_MODEL_SEEDS=from..to` runs others.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use snapfs::fs::MountedStore;
 use snapfs::fs::types::{Allocate, Caller, Handle, Ino, Options, ROOT};
@@ -13,7 +12,7 @@ const MIB: u64 = 1 << 20;
 const CALLER: Caller = Caller { uid: 0, gid: 0 };
 
 fn tree(world: &World) -> Arc<MountedStore> {
-    MountedStore::new(Arc::new(world.store()), Options { read_only: false, seal_after: Duration::from_secs(5) })
+    MountedStore::new(Arc::new(world.store()), Options::default())
 }
 
 fn read_all(fs: &MountedStore, handle: Handle, bytes: u64) -> Vec<u8> {

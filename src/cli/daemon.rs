@@ -105,8 +105,6 @@ impl News {
 /// Runs the daemon until the store is unmounted and committed. With `in_background` somebody reads standard output.
 pub(super) fn run(in_background: bool, assignment: impl FnOnce() -> Result<Assignment>) -> Result<()> {
     if in_background {
-        // Away from the terminal: its signals are not for us.
-        rustix::process::setsid().map_err(|e| Error::io("setsid", e.into()))?;
         log_panics();
     }
     match assignment().and_then(|assignment| Session::begin(assignment, in_background)) {
@@ -194,6 +192,11 @@ impl Session {
                 return Err(e);
             }
             place.set_read_ahead();
+        }
+        if in_background {
+            // Away from the terminal: its signals are not for us. Not before the mount: where systemd mounts on demand,
+            // all but the process group that it started wait until there is one.
+            rustix::process::setsid().map_err(|e| Error::io("setsid", e.into()))?;
         }
         let ticker = Ticker::start(fs.clone())?;
         let (ended, end) = mpsc::channel();

@@ -514,26 +514,38 @@ fn a_mount_that_somebody_else_has_made_is_served_in_the_foreground() {
 fn a_mount_on_demand_does_not_wait_for_itself() {
     const NAME: &str = "mount_helper::a_mount_on_demand_does_not_wait_for_itself";
     need_host!(NAME);
-    need_tools!(NAME, "timeout", "mkfifo");
+    need_tools!(NAME, "timeout", "mkfifo", "setsid");
     if !std::fs::read_to_string("/proc/filesystems").unwrap_or_default().contains("\tautofs\n") {
         return skip(NAME, "the kernel has no autofs");
     }
     let host = Host::new();
-    // As x-systemd.automount does it: the mountpoint is a trigger, and whoever pulls it waits until it is mounted. Here
-    // nobody hears it, so a mount that pulled it would wait for ever.
+    // As x-systemd.automount does it: the mountpoint is a trigger. Whoever pulls it waits until there is a mount, and so
+    // does everybody else who comes by, but for the process group that is to mount.
     let done = host.script(
         r#"
         mkfifo pulled
         exec 7<>pulled
-        setsid mount -i -t autofs -o fd=7,minproto=5,maxproto=5,direct trigger "$D"
-        code=0; timeout 1 ls "$D" >/dev/null 2>&1 || code=$?
-        [ "$code" = 124 ]
-        timeout 300 mount -t snapfs "$S" "$D"
+        mount -i -t autofs -o fd=7,minproto=5,maxproto=5,direct trigger "$D"
+        setsid cat "$D/.snapfs/status" >said 2>&1 &
+        timeout 300 head -c 1 <&7 >packet
+        timeout --foreground 300 mount -t snapfs "$S" "$D"
         is_mounted
-        [ -e "$D/.snapfs/status" ]
-        umount -c "$D"
+        timeout --foreground 300 umount -c "$D"
         not is_mounted
-        timeout 300 mount -f -t snapfs "$S" "$D"
+        timeout --foreground 300 mount -f -t snapfs "$S" "$D"
+        umount -l "$D"
+
+        # Nor is the trigger pulled by those who only mount.
+        exec 7>&-
+        exec 7<>pulled
+        setsid mount -i -t autofs -o fd=7,minproto=5,maxproto=5,direct trigger "$D"
+        code=0
+        timeout 1 ls "$D" >/dev/null 2>&1 || code=$?
+        [ "$code" = 124 ]
+        timeout --foreground 300 mount -t snapfs "$S" "$D"
+        is_mounted
+        timeout --foreground 300 umount -c "$D"
+        not is_mounted
         "#,
     );
     assert_eq!(done.code, 0, "{} {}", done.text(), done.err);

@@ -25,6 +25,19 @@ impl Timestamp {
     }
 }
 
+/// A length of time for people, to the second: `7d`, `1d 12h`, `0s`.
+pub fn in_words(length: Duration) -> String {
+    let mut rest = length.as_secs();
+    let mut words = Vec::new();
+    for (seconds, unit) in [(86400, "d"), (3600, "h"), (60, "m"), (1, "s")] {
+        if rest >= seconds {
+            words.push(format!("{}{unit}", rest / seconds));
+            rest %= seconds;
+        }
+    }
+    if words.is_empty() { "0s".to_owned() } else { words.join(" ") }
+}
+
 /// Where time comes from.
 pub trait Clock: Send + Sync {
     /// The wall clock.
@@ -32,6 +45,9 @@ pub trait Clock: Send + Sync {
 
     /// Time since some fixed moment; never goes back.
     fn elapsed(&self) -> Duration;
+
+    /// Waits until so much more time has passed.
+    fn sleep(&self, length: Duration);
 }
 
 /// The machine's clock.
@@ -63,6 +79,10 @@ impl Clock for SystemClock {
     fn elapsed(&self) -> Duration {
         self.began.elapsed()
     }
+
+    fn sleep(&self, length: Duration) {
+        std::thread::sleep(length);
+    }
 }
 
 /// A clock for tests: it stands still until it is advanced.
@@ -88,5 +108,24 @@ impl Clock for ManualClock {
 
     fn elapsed(&self) -> Duration {
         Duration::from_nanos(self.0.load(Ordering::SeqCst))
+    }
+
+    fn sleep(&self, length: Duration) {
+        self.advance(length);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths_of_time_are_told_to_the_second() {
+        let table =
+            [(0, "0s"), (59, "59s"), (3600, "1h"), (90_061, "1d 1h 1m 1s"), (7 * 86400, "7d"), (86460, "1d 1m")];
+        for (seconds, words) in table {
+            assert_eq!(in_words(Duration::from_secs(seconds)), words);
+        }
+        assert_eq!(in_words(Duration::from_millis(1999)), "1s");
     }
 }

@@ -169,6 +169,20 @@ impl Backend for Local {
         Ok(bytes_of(&stat))
     }
 
+    fn ages(&self, keys: &[Key]) -> Result<Vec<Option<Duration>>> {
+        // After the objects are looked at, none of them can be younger than it is.
+        let mut received = Vec::with_capacity(keys.len());
+        for key in keys {
+            match fs::statat(&self.place.top, key.as_str(), AtFlags::empty()) {
+                Ok(stat) => received.push(Some(time_of(&stat))),
+                Err(Errno::NOENT | Errno::NOTDIR) => received.push(None),
+                Err(cause) => return Err(failed(key, cause)),
+            }
+        }
+        let now = self.time_of_medium()?;
+        Ok(received.into_iter().map(|at| at.map(|at| now.saturating_sub(at))).collect())
+    }
+
     fn list(&self, prefix: &Key) -> Result<Vec<Listed>> {
         let folder = match self.place.open_folder(prefix.as_str()) {
             Ok(folder) => folder,
@@ -315,6 +329,28 @@ impl Backend for Local {
 }
 
 impl Local {
+    /// The time that the medium gives to a file that is written now: on a network medium it is the server's.
+    fn time_of_medium(&self) -> Result<Duration> {
+        let fresh = || match self.open_unnamed(&Key::new("now"))? {
+            Some(file) => Ok((file, None)),
+            None => Temporary::create(&self.place).map(|(file, temporary)| (file, Some(temporary))),
+        };
+        let (file, _temporary) = match fresh() {
+            // A forget must work on a full medium.
+            Err(e) if e.kind() == ErrorKind::NoSpace && self.release_reserve() => fresh()?,
+            made => made?,
+        };
+        let error = |cause| failed("time of the medium", cause);
+        // Without room for a byte the time of its creation is just as good.
+        match retry_on_intr(|| rustix::io::pwrite(&file, b"x", 0)) {
+            Ok(_) | Err(Errno::NOSPC | Errno::DQUOT) => {}
+            Err(cause) => return Err(error(cause)),
+        }
+        // Until then a network medium has not seen the byte, and the time is the client's guess.
+        sync(&file).map_err(error)?;
+        Ok(time_of(&fs::fstat(&file).map_err(error)?))
+    }
+
     /// A file without a name on the medium of `key`, whose folder is made if need be; `None` where the medium has
     /// no such files.
     fn open_unnamed(&self, key: &Key) -> Result<Option<OwnedFd>> {
@@ -707,6 +743,12 @@ fn is_hidden(prefix: &Key, name: &str) -> bool {
 
 fn bytes_of(stat: &Stat) -> u64 {
     u64::try_from(stat.st_size).unwrap_or(0)
+}
+
+/// When the content was last written, since the epoch: for an object that is when it came.
+fn time_of(stat: &Stat) -> Duration {
+    let seconds = u64::try_from(stat.st_mtime).unwrap_or(0);
+    Duration::new(seconds, u32::try_from(stat.st_mtime_nsec).unwrap_or(0))
 }
 
 fn failed(context: impl std::fmt::Display, cause: Errno) -> Error {

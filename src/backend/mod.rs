@@ -3,11 +3,13 @@
 //! Objects are write-once: they are put under a key that must be free, read in ranges, listed and deleted.
 //! The conformance suite in `tests/it/backend_suite.rs` runs against every implementation and every wrapper.
 
+pub mod limit;
 pub mod local;
 pub mod testing;
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::error::Result;
 
@@ -83,6 +85,14 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// # Errors
     /// `NotFound`, `Unavailable`.
     fn len(&self, key: &Key) -> Result<u64>;
+
+    /// How long the medium has had each of these objects, by its own clock on both sides, so that a client whose clock
+    /// is wrong is told the truth. `None` for one that is not there. Cost: one call, whatever their number; a local
+    /// medium is looked at once for each.
+    ///
+    /// # Errors
+    /// `NoSpace` or `ReadOnly` where the medium tells its time only to those who write, `Unavailable`.
+    fn ages(&self, keys: &[Key]) -> Result<Vec<Option<Duration>>>;
 
     /// Everything directly below `prefix` (a folder key without a slash at its end), sorted by name.
     /// A prefix that holds nothing gives an empty list.

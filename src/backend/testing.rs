@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crate::backend::{Backend, Guard, Key, Listed, Upload};
 use crate::error::{Error, ErrorKind, Result, corrupt, invalid, not_found};
@@ -32,11 +33,15 @@ struct Medium {
     capacity: Option<u64>,
     reserve_bytes: u64,
     has_reserve: bool,
+    /// The medium's own clock.
+    now: Duration,
 }
 
 #[derive(Debug)]
 struct Object {
     bytes: Arc<Vec<u8>>,
+    /// When it came, by that clock.
+    received: Duration,
     /// Every pin holds a clone.
     pins: Arc<()>,
 }
@@ -62,6 +67,11 @@ impl Memory {
         self
     }
 
+    /// Moves the medium's own clock on, which stands still otherwise.
+    pub fn advance(&self, by: Duration) {
+        held(&self.shared).now += by;
+    }
+
     /// All objects by key. The contents are shared, never changed in place.
     pub fn objects(&self) -> BTreeMap<String, Arc<Vec<u8>>> {
         held(&self.shared).objects.iter().map(|(key, object)| (key.clone(), Arc::clone(&object.bytes))).collect()
@@ -70,8 +80,9 @@ impl Memory {
     /// Puts these bytes under `key`, free or not and whatever the capacity, as damage does. Pins stay.
     pub fn replace(&self, key: &Key, bytes: impl Into<Vec<u8>>) {
         let mut medium = held(&self.shared);
-        let pins = medium.take(key.as_str()).map(|object| object.pins).unwrap_or_default();
-        medium.insert(key.as_str(), Object { bytes: Arc::new(bytes.into()), pins });
+        let (received, pins) =
+            medium.take(key.as_str()).map_or((medium.now, Arc::default()), |object| (object.received, object.pins));
+        medium.insert(key.as_str(), Object { bytes: Arc::new(bytes.into()), received, pins });
     }
 
     /// Takes the object away, as damage does, and returns what it held.
@@ -83,9 +94,13 @@ impl Memory {
     /// unfinished uploads, pins or locks. Cost: one entry an object, no contents.
     pub fn fork(&self) -> Self {
         let fork = Self::new();
-        fork.restore(&self.objects());
         let medium = held(&self.shared);
         let mut copy = held(&fork.shared);
+        for (key, object) in &medium.objects {
+            let bytes = Arc::clone(&object.bytes);
+            copy.insert(key, Object { bytes, received: object.received, pins: Arc::default() });
+        }
+        copy.now = medium.now;
         copy.capacity = medium.capacity;
         copy.reserve_bytes = medium.reserve_bytes;
         copy.has_reserve = medium.has_reserve;
@@ -99,8 +114,9 @@ impl Memory {
         let mut medium = held(&self.shared);
         medium.objects.clear();
         medium.object_bytes = 0;
+        let received = medium.now;
         for (key, bytes) in objects {
-            medium.insert(key, Object { bytes: Arc::clone(bytes), pins: Arc::default() });
+            medium.insert(key, Object { bytes: Arc::clone(bytes), received, pins: Arc::default() });
         }
     }
 
@@ -165,6 +181,12 @@ impl Backend for Memory {
 
     fn len(&self, key: &Key) -> Result<u64> {
         Ok(self.get(key)?.len() as u64)
+    }
+
+    fn ages(&self, keys: &[Key]) -> Result<Vec<Option<Duration>>> {
+        let medium = held(&self.shared);
+        let age = |key: &Key| Some(medium.now.saturating_sub(medium.objects.get(key.as_str())?.received));
+        Ok(keys.iter().map(age).collect())
     }
 
     fn list(&self, prefix: &Key) -> Result<Vec<Listed>> {
@@ -259,7 +281,8 @@ impl Upload for MemoryUpload {
         }
         let bytes = std::mem::take(&mut self.bytes);
         medium.upload_bytes -= bytes.len() as u64;
-        medium.insert(key.as_str(), Object { bytes: Arc::new(bytes), pins: Arc::default() });
+        let received = medium.now;
+        medium.insert(key.as_str(), Object { bytes: Arc::new(bytes), received, pins: Arc::default() });
         drop(medium);
         Ok(())
     }
@@ -307,6 +330,8 @@ pub enum Operation {
     ReadAll,
     /// [`Backend::len`].
     Len,
+    /// [`Backend::ages`], under the first of its keys.
+    Ages,
     /// [`Backend::list`].
     List,
     /// [`Backend::delete`].
@@ -342,6 +367,7 @@ pub struct Counts {
     pub read: u64,
     pub read_all: u64,
     pub len: u64,
+    pub ages: u64,
     pub list: u64,
     pub delete: u64,
     pub pin: u64,
@@ -359,6 +385,7 @@ impl Counts {
             Operation::Read => &mut self.read,
             Operation::ReadAll => &mut self.read_all,
             Operation::Len => &mut self.len,
+            Operation::Ages => &mut self.ages,
             Operation::List => &mut self.list,
             Operation::Delete => &mut self.delete,
             Operation::Pin => &mut self.pin,
@@ -447,6 +474,11 @@ impl Backend for Recorder {
     fn len(&self, key: &Key) -> Result<u64> {
         self.add(Operation::Len, key);
         self.inner.len(key)
+    }
+
+    fn ages(&self, keys: &[Key]) -> Result<Vec<Option<Duration>>> {
+        self.add(Operation::Ages, &first_of(keys));
+        self.inner.ages(keys)
     }
 
     fn list(&self, prefix: &Key) -> Result<Vec<Listed>> {
@@ -673,6 +705,10 @@ impl Backend for Faulty {
         self.switch.run(Operation::Len, key, || self.inner.len(key))
     }
 
+    fn ages(&self, keys: &[Key]) -> Result<Vec<Option<Duration>>> {
+        self.switch.run(Operation::Ages, &first_of(keys), || self.inner.ages(keys))
+    }
+
     fn list(&self, prefix: &Key) -> Result<Vec<Listed>> {
         self.switch.run(Operation::List, prefix, || self.inner.list(prefix))
     }
@@ -738,6 +774,10 @@ impl Upload for FaultyUpload {
         let Self { inner, switch, key } = *self;
         switch.run(Operation::Finish, &key, || inner.finish())
     }
+}
+
+fn first_of(keys: &[Key]) -> Key {
+    keys.first().cloned().unwrap_or_else(|| Key::new(""))
 }
 
 /// The bytes from `offset`, if there are as many.

@@ -142,15 +142,16 @@ impl Listing {
 
 fn as_table(rows: &[Row], with_drafts: bool) -> String {
     let mut header = vec!["NAME", "SIZE", "DATA", "NEW", "CREATED"];
-    if with_drafts {
+    let with_state = with_drafts || rows.iter().any(|row| row.protected);
+    if with_state {
         header.push("STATE");
     }
     let cells = |row: &Row| {
         let new = row.new_bytes.map_or_else(|| "?".to_owned(), output::size);
         let mut cells =
             vec![row.name.clone(), output::size(row.size), output::size(row.data_bytes), new, row.received.clone()];
-        if with_drafts {
-            cells.push(if row.sealed { "sealed" } else { "draft" }.to_owned());
+        if with_state {
+            cells.push(output::state(row.sealed, row.protected).to_owned());
         }
         cells
     };

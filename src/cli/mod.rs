@@ -21,7 +21,9 @@ pub mod mount;
 pub mod mount_options;
 pub mod mountinfo;
 pub mod output;
+pub mod protect;
 pub mod restore;
+pub mod settings;
 pub mod show;
 pub mod stats;
 pub mod store_arg;
@@ -129,9 +131,15 @@ enum Command {
     /// Show the ranges in which two snapshots differ
     #[command(after_help = diff::EXAMPLES)]
     Diff(diff::Diff),
-    /// Forget snapshots; gc frees their space
+    /// Forget snapshots, by name or by rules; gc frees their space
     #[command(after_help = forget::EXAMPLES)]
     Forget(forget::Forget),
+    /// Protect snapshots against being forgotten
+    #[command(after_help = protect::EXAMPLES)]
+    Protect(protect::Protect),
+    /// Let protected snapshots be forgotten again
+    #[command(after_help = protect::UNPROTECT_EXAMPLES)]
+    Unprotect(protect::Protect),
     /// Free the space of forgotten snapshots
     #[command(after_help = gc::EXAMPLES)]
     Gc(gc::Gc),
@@ -165,6 +173,9 @@ enum Command {
     /// Remove a writable clone and all that was written to it
     #[command(after_help = unclone::EXAMPLES)]
     Unclone(unclone::Unclone),
+    /// Show or change what is set in the store, for all who use it
+    #[command(after_help = settings::EXAMPLES)]
+    Settings(settings::Settings),
     /// Take the whole tour on a made image, in a temporary folder
     #[command(after_help = demo::EXAMPLES)]
     Demo(demo::Demo),
@@ -330,6 +341,8 @@ fn run(args: Vec<OsString>) -> u8 {
         Command::Show(command) => command.run(),
         Command::Diff(command) => command.run(),
         Command::Forget(command) => command.run(),
+        Command::Protect(command) => command.run(true),
+        Command::Unprotect(command) => command.run(false),
         Command::Gc(command) => command.run(),
         Command::Check(command) => command.run(),
         Command::Stats(command) => command.run(),
@@ -341,6 +354,7 @@ fn run(args: Vec<OsString>) -> u8 {
         Command::Clone(command) => command.run(),
         Command::Clones(command) => command.run(),
         Command::Unclone(command) => command.run(),
+        Command::Settings(command) => command.run(),
         Command::Demo(command) => command.run(),
     };
     match outcome {
@@ -383,13 +397,17 @@ mod tests {
 
     #[test]
     fn a_missing_or_wrong_argument_is_a_usage_error() {
-        let calls: [&[&str]; 10] = [
+        let calls: [&[&str]; 14] = [
             &["snapfs"],
             &["snapfs", "frobnicate"],
             &["snapfs", "list", "/s", "--no-such-option"],
             &["snapfs", "backup", "/s"],
             &["snapfs", "forget", "/s"],
             &["snapfs", "forget", "/s", "--keep-last", "many", "web01"],
+            &["snapfs", "protect", "/s"],
+            &["snapfs", "settings", "/s", "min_age"],
+            &["snapfs", "settings", "/s", "min_age=soon"],
+            &["snapfs", "settings", "/s", "colour=blue"],
             &["snapfs", "backup", "/s", "a/b", "c", "--changed", "map"],
             &["snapfs", "backup", "/s", "a/b", "c", "--parent", "a/0", "--verify-map"],
             &["snapfs", "list", "/s", "--max-memory", "lots"],

@@ -4,6 +4,7 @@ use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use jiff::tz::TimeZone;
 use serde::Serialize;
 
 use crate::cli::Stop;
@@ -60,11 +61,29 @@ pub fn size(bytes: u64) -> String {
     format!("{bytes} B")
 }
 
+/// What a file is, in words.
+pub fn state(is_sealed: bool, is_protected: bool) -> &'static str {
+    match (is_sealed, is_protected) {
+        (true, true) => "sealed, protected",
+        (true, false) => "sealed",
+        (false, _) => "draft",
+    }
+}
+
 /// Seconds of a point in time as ISO 8601, UTC.
 pub fn time(at: Timestamp) -> String {
     let seconds = i64::try_from(at.seconds()).unwrap_or(i64::MAX);
     match jiff::Timestamp::from_second(seconds) {
         Ok(time) => time.to_string(),
+        Err(_) => format!("@{seconds}"),
+    }
+}
+
+/// Minutes of a point in time in a time zone, with its offset: `2026-11-22 19:14 +01:00`.
+pub fn local_time(at: Timestamp, zone: &TimeZone) -> String {
+    let seconds = i64::try_from(at.seconds()).unwrap_or(i64::MAX);
+    match jiff::Timestamp::from_second(seconds) {
+        Ok(time) => time.to_zoned(zone.clone()).strftime("%Y-%m-%d %H:%M %:z").to_string(),
         Err(_) => format!("@{seconds}"),
     }
 }
@@ -228,6 +247,8 @@ mod tests {
         assert_eq!(time(Timestamp(0)), "1970-01-01T00:00:00Z");
         assert_eq!(time(Timestamp(1_795_371_243_999_999_999)), "2026-11-22T18:14:03Z");
         assert!(!time(Timestamp(u64::MAX)).is_empty());
+        let zone = TimeZone::posix("CET-1CEST,M3.5.0,M10.5.0/3").unwrap();
+        assert_eq!(local_time(Timestamp(1_795_371_243_999_999_999), &zone), "2026-11-22 19:14 +01:00");
     }
 
     #[test]

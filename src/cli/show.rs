@@ -100,11 +100,7 @@ fn as_text(report: &Report) -> String {
         None if report.has_parent => "(forgotten)",
         None => "(none)",
     };
-    let state = match (report.sealed, report.protected) {
-        (true, true) => "sealed, protected",
-        (true, false) => "sealed",
-        (false, _) => "draft",
-    };
+    let state = output::state(report.sealed, report.protected);
     let mut text = format!(
         "{}\n  size      {} ({} bytes)\n  data      {}\n  state     {state}\n  created   {}\n  changed   {}\n  parent    {parent}\n",
         report.name,

@@ -9,6 +9,12 @@
 
 pub mod forget;
 
+pub mod keep;
+
+pub mod young;
+
+pub mod protect;
+
 pub mod gc;
 
 pub mod compact;

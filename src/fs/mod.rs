@@ -18,6 +18,7 @@ use std::time::Duration;
 use crate::catalog::record::{Attributes as FolderAttributes, Changes, Op, Target};
 use crate::catalog::state::{FileEntry, VmState};
 use crate::catalog::vm::Vm;
+use crate::collect::young::Young;
 use crate::error::{Error, ErrorKind, Result, invalid, not_found};
 use crate::fs::clones::{CloneFile, Clones};
 use crate::fs::files::OpenFile;
@@ -420,16 +421,17 @@ impl MountedStore {
     /// Forgets a snapshot or a draft (G1).
     ///
     /// # Errors
-    /// `NotFound`, `IsFolder`, `Denied` when it is protected, `ReadOnly`, `NoSpace`, `Unavailable`.
+    /// `NotFound`, `IsFolder`, `Denied` when it is protected or younger than the store's `min_age`, `ReadOnly`,
+    /// `NoSpace`, `Unavailable`.
     pub fn unlink(&self, parent: Ino, name: &str) -> Result<()> {
         self.writable()?;
         match self.find(&self.nodes.node(parent)?, name)? {
             Node::File(vm, _, id) => {
                 let (handle, entry) = self.file(&(vm.clone(), id))?;
-                handle.append(None, |state| match state.files.get(&id) {
-                    Some(file) if file.protected => Err(denied(format!("{name:?} is protected"))),
-                    Some(_) => Ok((vec![Op::Forget { file: id }], ())),
-                    None => Ok((Vec::new(), ())),
+                handle.append(None, |state| {
+                    let Some(file) = state.files.get(&id) else { return Ok((Vec::new(), ())) };
+                    self.may_forget(&vm, file)?;
+                    Ok((vec![Op::Forget { file: id }], ()))
                 })?;
                 let until = self.store.clock().elapsed() + LINK_LINGERS;
                 lock(&self.lingering_links).insert((vm.clone(), entry.disk), until);
@@ -445,6 +447,13 @@ impl MountedStore {
             Node::Clone(..) => Err(denied("a clone is removed by snapfs unclone")),
             _ => Err(Error::new(ErrorKind::IsFolder, format!("{name:?} is a folder"))),
         }
+    }
+
+    fn may_forget(&self, vm: &str, file: &FileEntry) -> Result<()> {
+        if file.protected {
+            return Err(denied(format!("{:?} is protected", file.name)));
+        }
+        Young::among(&self.store, vm, [file])?.refuse(vm, file)
     }
 
     /// Gives a file another name within its VM; a draft that gets the name of a snapshot is sealed.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::backend::{Backend, Key};
 use crate::catalog::vm::fill_random;
 use crate::clock::{Clock, Timestamp};
-use crate::error::{Error, ErrorKind, Result, corrupt, not_found, unsupported};
+use crate::error::{Error, ErrorKind, Result, busy, corrupt, not_found, unsupported};
 use crate::fingerprint::short;
 use crate::format::{ObjectKind, VERSION, envelop, open_envelope};
 use crate::limits::{BLOCK_BYTES, SEGMENT_BYTES};
@@ -21,6 +21,9 @@ const FILE_BYTES_MAX: u64 = 64 << 10;
 
 /// A record of the configuration is small.
 const RECORD_BYTES_MAX: u64 = 1 << 20;
+
+/// How often a change is tried again when others change the configuration at the same time.
+const CHANGE_TRIES: usize = 100;
 
 /// What `snapfs.toml` says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,12 +46,23 @@ pub struct StoreConfig {
 }
 
 wire_struct! {
+    /// What can be set in a store, for all who use it.
+    #[derive(Copy, Default)]
+    pub struct Settings {
+        /// A sealed snapshot is not forgotten before the store has had it for so many seconds.
+        pub min_age_seconds: u64,
+    }
+}
+
+wire_struct! {
     /// A numbered record of the configuration. The highest number wins.
     pub struct ConfigRecord {
         /// The store's identity.
         pub store: String,
         /// When it was written.
         pub time: Timestamp,
+        /// What was set last.
+        pub settings: Settings,
     }
 }
 
@@ -162,7 +176,7 @@ pub fn write_new(backend: &dyn Backend, clock: &dyn Clock) -> Result<()> {
         checksum: String::new(),
     };
     config.checksum = config.checksum_of();
-    let record = ConfigRecord { store: config.store.clone(), time: clock.now() };
+    let record = ConfigRecord { store: config.store.clone(), time: clock.now(), settings: Settings::default() };
     backend.put_new(&record_key(1), &envelop(ObjectKind::Config, &encode(&record)))?;
     backend.put_new(&Key::new(FILE_NAME), config.to_text()?.as_bytes())
 }
@@ -178,12 +192,16 @@ pub fn read(backend: &dyn Backend) -> Result<StoreConfig> {
         _ => about(e),
     })?;
     let config = StoreConfig::parse(&bytes).map_err(about)?;
-    check_records(backend, &config)?;
+    newest_record(backend, &config)?;
     Ok(config)
 }
 
-/// The newest record belongs to the same store as the file: else one of them comes from elsewhere.
-fn check_records(backend: &dyn Backend, config: &StoreConfig) -> Result<()> {
+/// The record that counts, and its number. Cost: a listing and a read.
+///
+/// # Errors
+/// `Corrupt`, naming the record, also when it belongs to another store than `snapfs.toml`: then one of the two comes
+/// from elsewhere. `Unsupported`, `Unavailable`.
+pub fn newest_record(backend: &dyn Backend, config: &StoreConfig) -> Result<(u32, ConfigRecord)> {
     let rows = backend.list(&Key::new("config"))?;
     let Some(newest) = rows.iter().filter_map(|r| record_number(&r.name)).max() else {
         return Err(corrupt(format!("{FILE_NAME}: config/ has no record")));
@@ -193,10 +211,43 @@ fn check_records(backend: &dyn Backend, config: &StoreConfig) -> Result<()> {
     let body = open_envelope(ObjectKind::Config, &bytes).map_err(|e| e.within(&key))?;
     let record: ConfigRecord = decode(body).map_err(|e| e.within(&key))?;
     if record.store == config.store {
-        Ok(())
+        Ok((newest, record))
     } else {
         Err(corrupt(format!("{FILE_NAME}: belongs to another store than {key}")))
     }
+}
+
+/// Puts a record that differs from the newest one by what `change` does; nothing when that is nothing. `change` is
+/// called again on a newer record when others change the configuration at the same time.
+///
+/// Cost: a listing, a read and a put.
+///
+/// # Errors
+/// What `change` returns; as [`newest_record`]; `Busy`, `NoSpace`, `ReadOnly`. After `Unavailable` it may or may not
+/// be changed.
+pub fn change_record(
+    backend: &dyn Backend,
+    config: &StoreConfig,
+    clock: &dyn Clock,
+    change: impl Fn(&mut ConfigRecord) -> Result<()>,
+) -> Result<ConfigRecord> {
+    for _ in 0..CHANGE_TRIES {
+        let (newest, old) = newest_record(backend, config)?;
+        let mut record = old.clone();
+        change(&mut record)?;
+        if record == old {
+            return Ok(old);
+        }
+        record.time = clock.now();
+        let next = newest.checked_add(1).ok_or_else(|| corrupt("config/: has its last record"))?;
+        match backend.put_new(&record_key(next), &envelop(ObjectKind::Config, &encode(&record))) {
+            // Another changed it at the same moment.
+            Err(e) if e.kind() == ErrorKind::Exists => {}
+            Err(e) => return Err(e),
+            Ok(()) => return Ok(record),
+        }
+    }
+    Err(busy("config/: others change it all the time"))
 }
 
 fn one_line(error: &toml::de::Error) -> String {

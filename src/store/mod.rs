@@ -13,6 +13,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::backend::limit::Limited;
 use crate::backend::local::Local;
 use crate::backend::{Backend, Key};
 use crate::catalog::hold::HoldId;
@@ -26,7 +27,7 @@ use crate::image::reader::Image;
 use crate::limits::{MEMORY_BYTES_DEFAULT, MEMORY_BYTES_MIN};
 use crate::name::{Reference, SnapshotName, VmName};
 use crate::pack::reader::{Caches, Packs};
-use crate::store::config::StoreConfig;
+use crate::store::config::{Settings, StoreConfig};
 
 /// How the memory cap is shared out. What is left is for the program, its stacks and the allocator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,6 +120,14 @@ impl Store {
         Ok(Self { backend, derived, caches, clock, shares, config, vms: Mutex::default() })
     }
 
+    /// The same store, whose reading and writing is held to so many bytes a second. To be called before anything else.
+    #[must_use]
+    pub fn limited_to(mut self, bytes_per_second: u64) -> Self {
+        self.backend = Arc::new(Limited::new(self.backend, self.clock.clone(), bytes_per_second));
+        self.vms = Mutex::default();
+        self
+    }
+
     /// Where objects are.
     pub fn backend(&self) -> &Arc<dyn Backend> {
         &self.backend
@@ -127,6 +136,24 @@ impl Store {
     /// The store's configuration.
     pub fn config(&self) -> &StoreConfig {
         &self.config
+    }
+
+    /// What is set in the store now; others may change it at any time. Cost: a listing and a read.
+    ///
+    /// # Errors
+    /// As [`config::newest_record`].
+    pub fn settings(&self) -> Result<Settings> {
+        Ok(config::newest_record(&*self.backend, &self.config)?.1.settings)
+    }
+
+    /// Changes what is set in the store, for all who use it; returns what is set then.
+    ///
+    /// # Errors
+    /// What `change` returns; as [`config::change_record`].
+    pub fn change_settings(&self, change: impl Fn(&mut Settings) -> Result<()>) -> Result<Settings> {
+        let changed =
+            config::change_record(&*self.backend, &self.config, &*self.clock, |record| change(&mut record.settings))?;
+        Ok(changed.settings)
     }
 
     /// The store's clock.

@@ -9,6 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::{Arc, Barrier};
+use std::time::Duration;
 
 use snapfs::backend::local::Local;
 use snapfs::backend::testing::{Fault, Faulty, Memory, Operation, Recorder, Scope};
@@ -238,6 +239,21 @@ fn what_is_missing_is_not_found(place: &Place) {
     assert_eq!(one.list(&key("folder/object")).unwrap(), []);
 }
 
+fn ages_are_told_in_the_order_of_the_keys(place: &Place) {
+    let (one, two) = (&*place.first, &*place.second);
+    one.put_new(&key("a/b"), b"x").unwrap();
+    two.put_new(&key("a/c/d"), b"y").unwrap();
+    for backend in [one, two] {
+        assert_eq!(backend.ages(&[]).unwrap(), []);
+        let ages = backend.ages(&[key("a/b"), key("a/x"), key("a/b/x"), key("a/c/d")]).unwrap();
+        assert_eq!(ages.iter().map(Option::is_some).collect::<Vec<_>>(), [true, false, false, true]);
+        // Just put. Only a medium whose clock is off by hours from itself would tell otherwise.
+        assert!(ages.iter().flatten().all(|age| age.as_secs() < 3600), "{ages:?}");
+    }
+    // Asking leaves nothing behind.
+    assert_eq!(names(&one.list(&key("")).unwrap()), ["a"]);
+}
+
 fn a_listing_has_objects_and_folders_in_order(place: &Place) {
     let (one, two) = (&*place.first, &*place.second);
     for text in ["a/b2", "a/b10", "a/B", "a/sub/x", "a/sub/y", "a/sub.z", "a/sub/deep/er/z", "ab", "a!", "top"] {
@@ -411,6 +427,7 @@ suite! {
         an_upload_reads_back,
         short_data_is_corrupt,
         what_is_missing_is_not_found,
+        ages_are_told_in_the_order_of_the_keys,
         a_listing_has_objects_and_folders_in_order,
         names_are_kept_as_they_are,
         a_deleted_object_is_gone,
@@ -447,6 +464,43 @@ fn tree(root: &Path) -> BTreeMap<String, (bool, u32)> {
 
 fn files(root: &Path) -> Vec<String> {
     tree(root).into_iter().filter(|(_, (is_folder, _))| !is_folder).map(|(name, _)| name).collect()
+}
+
+#[test]
+fn local_takes_ages_from_the_medium() {
+    for open in BOTH_WAYS {
+        let folder = tempfile::tempdir().unwrap();
+        let local = open(folder.path()).unwrap();
+        for (name, age) in [("old", 2 * 86400), ("new", 0)] {
+            local.put_new(&key(name), b"x").unwrap();
+            let file = fs::File::options().write(true).open(folder.path().join(name)).unwrap();
+            let at = file.metadata().unwrap().modified().unwrap();
+            file.set_modified(at - Duration::from_secs(age)).unwrap();
+        }
+        // One from the future is new.
+        local.put_new(&key("future"), b"x").unwrap();
+        let file = fs::File::options().write(true).open(folder.path().join("future")).unwrap();
+        file.set_modified(file.metadata().unwrap().modified().unwrap() + Duration::from_secs(86400)).unwrap();
+        let before = files(folder.path());
+        let ages = local.ages(&[key("old"), key("new"), key("future")]).unwrap();
+        let days: Vec<u64> = ages.iter().map(|age| age.unwrap().as_secs() / 86400).collect();
+        assert_eq!(days, [2, 0, 0]);
+        assert_eq!(ages[2], Some(Duration::ZERO));
+        assert_eq!(files(folder.path()), before);
+    }
+}
+
+#[test]
+fn memory_has_a_clock_of_its_own() {
+    let memory = Memory::new();
+    memory.put_new(&key("a"), b"x").unwrap();
+    memory.advance(Duration::from_secs(10));
+    memory.put_new(&key("b"), b"x").unwrap();
+    memory.advance(Duration::from_secs(5));
+    let ages = |memory: &Memory| memory.ages(&[key("a"), key("b")]).unwrap().into_iter().flatten().collect::<Vec<_>>();
+    for memory in [memory.clone(), memory.fork()] {
+        assert_eq!(ages(&memory), [Duration::from_secs(15), Duration::from_secs(5)]);
+    }
 }
 
 #[test]

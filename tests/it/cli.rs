@@ -10,9 +10,30 @@ use rustix::fs::{FlockOperation, flock};
 use crate::whole::{Disk, Loop, MIB, Place, eventually, image, need_loop, need_tools, same, signal};
 use crate::world::noise;
 
-const COMMANDS: [&str; 20] = [
-    "init", "mount", "umount", "backup", "restore", "list", "show", "diff", "forget", "gc", "check", "stats", "files",
-    "attach", "detach", "reap", "clone", "clones", "unclone", "demo",
+const COMMANDS: [&str; 23] = [
+    "init",
+    "mount",
+    "umount",
+    "backup",
+    "restore",
+    "list",
+    "show",
+    "diff",
+    "forget",
+    "protect",
+    "unprotect",
+    "gc",
+    "check",
+    "stats",
+    "settings",
+    "files",
+    "attach",
+    "detach",
+    "reap",
+    "clone",
+    "clones",
+    "unclone",
+    "demo",
 ];
 
 #[test]
@@ -43,7 +64,11 @@ fn exit_codes_are_those_of_the_table() {
     place.snapfs("frobnicate").fails(2, "frobnicate");
     place.snapfs("list store --no-such-option").fails(2, "--no-such-option");
     place.snapfs("backup store").fails(2, "SNAPSHOT");
-    place.snapfs("forget store").fails(2, "SNAPSHOT");
+    place.snapfs("forget store").fails(2, "NAME");
+    place.snapfs("forget store --keep-last 0 --keep-daily 0").fails(2, "keep nothing");
+    place.snapfs("forget store web01/a.img --keep-last 1").fails(2, "web01/a.img");
+    place.snapfs("protect store").fails(2, "SNAPSHOT");
+    place.snapfs("settings store min_age=soon").fails(2, "soon");
     place.snapfs("list store --max-memory 1M").fails(2, "max-memory");
     place.snapfs("list nowhere").fails(3, "nowhere");
     place.snapfs("list store web02").fails(3, "web02");
@@ -51,6 +76,8 @@ fn exit_codes_are_those_of_the_table() {
     place.snapfs("restore store web02/a.img x").fails(3, "web02/a.img");
     place.snapfs("backup store web01/b.img nowhere").fails(3, "nowhere");
     place.snapfs("forget store web01/b.img").fails(3, "web01/b.img");
+    place.snapfs("forget store web02 --keep-last 1").fails(3, "web02");
+    place.snapfs("protect store web01/b.img").fails(3, "web01/b.img");
     place.snapfs("umount nowhere").fails(3, "nowhere");
     place.snapfs("backup store web01/b.img a.img --parent web01/0.img").fails(3, "web01/0.img");
     place.snapfs("init store").fails(1, "store");
@@ -58,6 +85,41 @@ fn exit_codes_are_those_of_the_table() {
     place.snapfs("backup store web01/b.img .").fails(1, "folder");
     assert!(!place.exists("x"));
     place.snapfs("check store --read-data").ok();
+}
+
+#[test]
+fn snapshots_are_forgotten_by_rules_and_stay_when_protected_or_young() {
+    let place = Place::new();
+    place.write("a.img", &image(1, 1));
+    for image in ["web01/a", "web01/b", "web01/c", "db02/a", "db02/b"] {
+        place.snapfs(&format!("backup store {image}.img a.img")).ok();
+    }
+    let listed = |vm: &str| {
+        let rows = place.snapfs(&format!("list store {vm} --json").replace("  ", " ")).ok().json();
+        rows.as_array().unwrap().iter().map(|row| row["name"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(place.snapfs("protect store web01/a.img").ok().text(), "web01/a.img is protected\n");
+    assert!(place.snapfs("list store web01").ok().text().contains("sealed, protected"));
+    assert!(place.snapfs("show store web01/a.img").ok().text().contains("sealed, protected"));
+    place.snapfs("forget store web01/a.img").fails(1, "protected");
+    let told = place.snapfs("forget store --keep-last 1 --dry-run").ok().text();
+    assert!(told.contains("kept: protected") && told.contains("3 kept, 2 would be forgotten"), "{told}");
+    assert_eq!(listed("").len(), 5);
+    let told = place.snapfs("forget store web01 --keep-last 1 --keep-daily 3 --json").ok().json();
+    assert_eq!(told["forgotten"], serde_json::json!(["web01/b.img"]));
+    assert_eq!(told["kept"][0]["stays"], "protected");
+    assert_eq!(told["kept"][1]["rules"], serde_json::json!(["last", "daily"]));
+    assert_eq!(listed("web01"), ["web01/a.img", "web01/c.img"]);
+    assert_eq!(listed("db02").len(), 2);
+    assert_eq!(place.snapfs("settings store").ok().text(), "min_age=0s\n");
+    assert_eq!(place.snapfs("settings store min_age=1d12h").ok().text(), "min_age=1d12h\n");
+    place.snapfs("forget store db02/a.img").fails(1, "min_age is 1d 12h");
+    let told = place.snapfs("forget store --keep-last 1").ok().text();
+    assert!(told.contains("min_age") && told.contains("4 kept, 0 forgotten"), "{told}");
+    assert_eq!(place.snapfs("settings store min_age=0").ok().text(), "min_age=0s\n");
+    assert_eq!(place.snapfs("unprotect store web01/a.img").ok().text(), "web01/a.img is not protected\n");
+    place.snapfs("forget store --keep-last 1").ok();
+    assert_eq!(listed(""), ["db02/b.img", "web01/c.img"]);
 }
 
 #[test]

@@ -8,18 +8,21 @@ use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::tz::TimeZone;
 use snapfs::backend::Backend;
 use snapfs::backend::testing::{Fault, Faulty, Memory};
 use snapfs::catalog::record::{Changes, Op, Target};
 use snapfs::clock::{ManualClock, Timestamp};
-use snapfs::collect::forget::forget;
+use snapfs::collect::forget::{forget, forget_by_rules};
+use snapfs::collect::keep::Rules;
+use snapfs::collect::protect::protect;
 use snapfs::error::{Error, ErrorKind, Result};
 use snapfs::fs::MountedStore;
 use snapfs::fs::types::{Caller, Ino, Options, ROOT};
 use snapfs::limits::LOG_CHECKPOINT_INTERVAL;
-use snapfs::name::VmName;
+use snapfs::name::{SnapshotName, VmName};
 use snapfs::store::Store;
-use snapfs::store::config::write_new;
+use snapfs::store::config::{Settings, write_new};
 
 use crate::invariants::{Shown, assert_invariants, assert_no_leaks, assert_one_of, collect_all, keys, open, shown};
 use crate::world::{name, noise, put};
@@ -361,6 +364,52 @@ fn forgetting() {
     scene.states = vec![scene.with(&all), scene.with(&all[..2])];
     let names = [name("vm/0.img"), name("vm/1.img")];
     scene.enumerate(|store, _| unless(ErrorKind::NotFound, forget(store, &names).map(drop)));
+}
+
+#[test]
+fn forgetting_by_rules_with_a_least_age() {
+    let mut scene = Scene::new();
+    let week = |s: &mut Settings| {
+        s.min_age_seconds = 7 * 86400;
+        Ok(())
+    };
+    scene.store().change_settings(week).unwrap();
+    let [zero, one, two] = history(&mut scene);
+    scene.base.advance(Duration::from_secs(8 * 86400));
+    put(&scene.store(), "vm/3.img", &one).unwrap();
+    put(&scene.store(), "vm/4.img", &one).unwrap();
+    let all: [(&str, &[u8]); 6] = [
+        ("vm/", &[]),
+        ("vm/3.img", &one),
+        ("vm/4.img", &one),
+        ("vm/2.img", &two),
+        ("vm/0.img", &zero),
+        ("vm/1.img", &one),
+    ];
+    scene.states = vec![scene.with(&all), scene.with(&all[..3])];
+    let rules = Rules { last: 1, ..Rules::default() };
+    let vm = VmName::new("vm").unwrap();
+    scene.enumerate(|store, _| forget_by_rules(store, &vm, &rules, &TimeZone::UTC, false).map(drop));
+}
+
+#[test]
+fn changing_a_setting_and_protecting() {
+    let mut scene = Scene::new();
+    let bytes = first();
+    put(&scene.store(), "vm/a.img", &bytes).unwrap();
+    scene.states = vec![scene.with(&[("vm/", &[]), ("vm/a.img", &bytes)])];
+    let latest = SnapshotName::parse_reference("vm/latest").unwrap();
+    scene.enumerate(|store, _| {
+        let day = |s: &mut Settings| {
+            s.min_age_seconds = 86400;
+            Ok(())
+        };
+        assert_eq!(store.change_settings(day)?.min_age_seconds, 86400);
+        protect(store, std::slice::from_ref(&latest), true)?;
+        let (_, state) = store.vm(&latest.vm)?;
+        assert!(state.files.values().all(|f| f.protected));
+        Ok(())
+    });
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use snapfs::backend::local::Local;
 use snapfs::backend::testing::{Memory, Recorder};
@@ -123,6 +124,11 @@ impl Backend for Asleep {
     fn len(&self, key: &Key) -> Result<u64> {
         self.shared.call();
         self.inner.len(key)
+    }
+
+    fn ages(&self, keys: &[Key]) -> Result<Vec<Option<Duration>>> {
+        self.shared.call();
+        self.inner.ages(keys)
     }
 
     fn list(&self, prefix: &Key) -> Result<Vec<Listed>> {

@@ -35,7 +35,7 @@ use snapfs::popular::index::{
     IndexBuilder, IndexIdentity, POPULAR_ENTRY_BYTES, POPULAR_HEADER_BYTES, POPULAR_PACK_BYTES, PopularIndex, index_key,
 };
 use snapfs::recipe::{Extent, GroupPage, GroupRef, Place, Recipe, RootPage, Tally};
-use snapfs::store::config::{self, ConfigRecord, StoreConfig};
+use snapfs::store::config::{self, ConfigRecord, Settings, StoreConfig};
 use snapfs::store::{MemoryShares, Store};
 use snapfs::units::{Epoch, Generation, Incarnation, ObjectId, RecordNumber, Serial, SlotId, VmGroup};
 use snapfs::wire::{decode, encode};
@@ -324,7 +324,8 @@ fn the_construction_of_checksums_is_as_written() {
 fn the_configuration_is_as_written() {
     assert_eq!(store_config().to_text().unwrap(), snapfs_toml());
     assert_eq!(StoreConfig::parse(snapfs_toml().as_bytes()).unwrap(), store_config());
-    let record = ConfigRecord { store: STORE.into(), time: BEGAN };
+    let settings = Settings { min_age_seconds: 7 * 86400 };
+    let record = ConfigRecord { store: STORE.into(), time: BEGAN, settings };
     same("config-record", &envelop(ObjectKind::Config, &encode(&record)));
     let object = block("config-record");
     assert_eq!(decode::<ConfigRecord>(open_envelope(ObjectKind::Config, &object).unwrap()).unwrap(), record);

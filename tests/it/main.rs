@@ -18,6 +18,7 @@ mod dedup;
 mod docs;
 mod fence;
 mod files;
+mod forget;
 mod format;
 mod fuzz;
 mod hold;

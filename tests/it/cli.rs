@@ -10,9 +10,9 @@ use rustix::fs::{FlockOperation, flock};
 use crate::whole::{Disk, Loop, MIB, Place, eventually, image, need_loop, need_tools, same, signal};
 use crate::world::noise;
 
-const COMMANDS: [&str; 20] = [
+const COMMANDS: [&str; 21] = [
     "init", "mount", "umount", "backup", "restore", "list", "show", "diff", "forget", "gc", "check", "stats", "files",
-    "attach", "detach", "reap", "clone", "clones", "unclone", "demo",
+    "attach", "detach", "reap", "clone", "clones", "unclone", "commit", "demo",
 ];
 
 #[test]

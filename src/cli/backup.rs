@@ -9,7 +9,7 @@ use crate::cli::output::{self, Levels, Progress};
 use crate::cli::store_arg::{StoreArg, reference, snapshot_name};
 use crate::cli::{DONE, Outcome};
 use crate::error::{Error, ErrorKind, Result};
-use crate::ingest::backup::{BackupOptions, BackupProgress, BackupReport, backup};
+use crate::ingest::backup::{BackupOptions, BackupProgress, BackupReport, Changed, Parent, backup};
 use crate::ingest::source::Source;
 use crate::limits::BLOCK_BYTES;
 
@@ -76,25 +76,30 @@ impl Backup {
         let source = if self.source.as_os_str() == "-" { Source::stdin() } else { Source::open(&self.source)? };
         let changed = self.changed.as_deref().map(read_map).transpose()?;
         let bar = Progress::new("backup", source.bytes(), self.json);
-        let options = BackupOptions { parent, changed, verify_map: self.verify_map };
+        let changed = changed.map(|text| Changed::Map { text, verify: self.verify_map });
+        let options = BackupOptions { parent: parent.map(Parent::Snapshot), changed };
         let report = backup(&store, &name, source, options, &|p: BackupProgress| bar.set(p.bytes_done))?;
         drop(bar);
-        self.print(&report)
+        tell(&report, self.json)
     }
+}
 
-    fn print(&self, report: &BackupReport) -> Outcome {
-        let levels = Levels::of(report.image_bytes, &report.tally);
-        let data_bytes = report.tally.blocks_data.saturating_mul(BLOCK_BYTES as u64);
-        if self.json {
-            let (name, size, stored_bytes) = (&report.name, report.image_bytes, levels.stored_bytes);
-            output::json(&Report { name, size, data_bytes, levels, stored_bytes })?;
-        } else {
-            let [size, data, new, stored] =
-                [report.image_bytes, data_bytes, levels.new_bytes, levels.stored_bytes].map(output::size);
-            output::line(format!("{}: {size}, {data} of data, {new} new, {stored} stored", report.name))?;
-        }
-        Ok(DONE)
+/// Tells what became of a new snapshot.
+///
+/// # Errors
+/// As [`output::print`].
+pub(super) fn tell(report: &BackupReport, as_json: bool) -> Outcome {
+    let levels = Levels::of(report.image_bytes, &report.tally);
+    let data_bytes = report.tally.blocks_data.saturating_mul(BLOCK_BYTES as u64);
+    if as_json {
+        let (name, size, stored_bytes) = (&report.name, report.image_bytes, levels.stored_bytes);
+        output::json(&Report { name, size, data_bytes, levels, stored_bytes })?;
+    } else {
+        let [size, data, new, stored] =
+            [report.image_bytes, data_bytes, levels.new_bytes, levels.stored_bytes].map(output::size);
+        output::line(format!("{}: {size}, {data} of data, {new} new, {stored} stored", report.name))?;
     }
+    Ok(DONE)
 }
 
 fn read_map(path: &Path) -> Result<Vec<u8>> {

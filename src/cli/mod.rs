@@ -6,6 +6,7 @@ pub mod check;
 pub mod clone;
 pub mod clone_place;
 pub mod clones;
+pub mod commit;
 pub mod daemon;
 pub mod demo;
 pub mod diff;
@@ -176,6 +177,9 @@ enum Command {
     /// Show or change what is set in the store, for all who use it
     #[command(after_help = settings::EXAMPLES)]
     Settings(settings::Settings),
+    /// Make a new snapshot of a writable clone; reads only what was written to it
+    #[command(after_help = commit::EXAMPLES)]
+    Commit(commit::Commit),
     /// Take the whole tour on a made image, in a temporary folder
     #[command(after_help = demo::EXAMPLES)]
     Demo(demo::Demo),
@@ -355,6 +359,7 @@ fn run(args: Vec<OsString>) -> u8 {
         Command::Clones(command) => command.run(),
         Command::Unclone(command) => command.run(),
         Command::Settings(command) => command.run(),
+        Command::Commit(command) => command.run(),
         Command::Demo(command) => command.run(),
     };
     match outcome {

@@ -293,6 +293,11 @@ pub struct OpenClone {
 }
 
 impl OpenClone {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// What it is a clone of.
     pub fn description(&self) -> &Description {
         &self.description

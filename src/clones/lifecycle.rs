@@ -1,10 +1,12 @@
 //! Making and removing clones: the folder on this host and the hold in the store, together or not at all.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
+use crate::clones::MapMemory;
 use crate::clones::description::Description;
-use crate::clones::folder::{ClonesFolder, check_name};
+use crate::clones::folder::{ClonesFolder, OpenClone, check_name};
 use crate::clones::snapshot::{describe, hold, release};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::NAME_BYTES_MAX;
@@ -13,9 +15,9 @@ use crate::store::Store;
 
 /// A clone that was closed a moment ago is open for a moment more: the kernel tells the daemon later. Asked again after
 /// [`BUSY_PAUSE`].
-pub const BUSY_TRIES: u32 = 40;
+const BUSY_TRIES: u32 = 40;
 /// The pause between.
-pub const BUSY_PAUSE: Duration = Duration::from_millis(50);
+const BUSY_PAUSE: Duration = Duration::from_millis(50);
 
 /// Names that are tried when none was asked for.
 const NAMES_MAX: u32 = 10_000;
@@ -95,19 +97,32 @@ pub fn remove(store: &Store, folder: &ClonesFolder, name: &str) -> Result<()> {
     folder.find(name).map(drop).or_else(|e| if e.kind() == ErrorKind::NotFound { Err(e) } else { Ok(()) })?;
     let locked = folder.lock()?;
     locked.litter(|litter| release(store, litter))?;
-    let mut tries = 1;
-    loop {
-        let removed = locked.remove(name, |description| match description {
+    when_idle(|| {
+        locked.remove(name, |description| match description {
             Some(description) => release(store, description),
             None => {
                 log::warn!("clone {name:?} is damaged: what it held of the store stays held");
                 Ok(())
             }
-        });
-        match removed {
-            Err(e) if e.kind() == ErrorKind::Busy && tries < BUSY_TRIES => std::thread::sleep(BUSY_PAUSE),
-            removed => return removed,
+        })
+    })
+}
+
+/// Opens a clone that nobody writes; nobody can while it is open. It waits a moment for one that is just being closed.
+///
+/// # Errors
+/// `Busy` while it is being written; as [`ClonesFolder::open`].
+pub fn open_idle(store: &Store, folder: &ClonesFolder, name: &str) -> Result<OpenClone> {
+    let memory = Arc::new(MapMemory::new(store.shares().map_bytes));
+    when_idle(|| folder.open(name, &memory))
+}
+
+fn when_idle<T>(mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
+    for _ in 1..BUSY_TRIES {
+        match attempt() {
+            Err(e) if e.kind() == ErrorKind::Busy => std::thread::sleep(BUSY_PAUSE),
+            outcome => return outcome,
         }
-        tries += 1;
     }
+    attempt()
 }

@@ -67,6 +67,21 @@ pub trait Base: Send + Sync {
     fn seek_hole(&self, offset: u64) -> Result<u64>;
 }
 
+impl<B: Base + ?Sized> Base for Arc<B> {
+    fn bytes(&self) -> u64 {
+        (**self).bytes()
+    }
+    fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        (**self).read_at(offset, out)
+    }
+    fn seek_data(&self, offset: u64) -> Result<Option<u64>> {
+        (**self).seek_data(offset)
+    }
+    fn seek_hole(&self, offset: u64) -> Result<u64> {
+        (**self).seek_hole(offset)
+    }
+}
+
 impl Base for Image {
     fn bytes(&self) -> u64 {
         Image::bytes(self)

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use crate::clones::blocks::Blocks;
-use crate::clones::file::LocalFile;
+use crate::clones::file::{LocalFile, OsFile};
 use crate::clones::map::{CloneId, ENTRY_BYTES, End, Entry, Header, append, load, write};
 use crate::clones::{Base, MapMemory, Overlay};
 use crate::error::{Error, ErrorKind, Result, corrupt};
@@ -427,30 +427,35 @@ fn choices() -> Vec<Box<dyn FnMut(usize) -> usize>> {
     choices
 }
 
-/// The files after a loss of power; opened as the next daemon does.
-fn recover(data: &Fragile, map: &Fragile, choose: &mut dyn FnMut(usize) -> usize) -> (Fragile, Overlay) {
+/// The files after a loss of power; opened as the next daemon does. The data, and the map that is used then.
+fn recover(data: &Fragile, map: &Fragile, choose: &mut dyn FnMut(usize) -> usize) -> (Fragile, Fragile, Overlay) {
     let quiet = Trigger::new(None);
     let data = Fragile::of(data.content.lock().unwrap().crashed(choose), &quiet);
     let map = Fragile::of(map.content.lock().unwrap().crashed(choose), &quiet);
     let overlay = open(&data, &map).unwrap();
-    if overlay.load(Arc::new(map)).unwrap() {
-        let new = Fragile::new(512, &quiet);
-        overlay.write_map(&new).unwrap();
-        assert!(!overlay.load(Arc::new(new)).unwrap(), "a map that was written anew is torn");
+    if !overlay.load(Arc::new(map.clone())).unwrap() {
+        return (data, map, overlay);
     }
-    (data, overlay)
+    let new = Fragile::new(512, &quiet);
+    overlay.write_map(&new).unwrap();
+    assert!(!overlay.load(Arc::new(new.clone())).unwrap(), "a map that was written anew is torn");
+    (data, new, overlay)
 }
 
-/// After a recovery nothing of the lost writes may come back by what is written then.
-fn go_on(overlay: &Overlay, base: &Pattern) {
+/// After a recovery nothing of the lost writes may come back by what is written then, and all of that is kept.
+fn go_on(data: &Fragile, map: &Fragile, overlay: &Overlay, base: &Pattern) {
     let mut now = all(overlay, base);
     for block in 0..IMAGE_BYTES.div_ceil(BLOCK) {
         let offset = block * BLOCK + 100;
         overlay.write_at(base, offset as u64, b"patch").unwrap();
         now[offset..offset + 5].copy_from_slice(b"patch");
+        if block % 10 == 9 {
+            overlay.flush().unwrap();
+        }
     }
     assert!(all(overlay, base) == now, "a partial write brought something else along");
     overlay.flush().unwrap();
+    assert!(all(&open(data, map).unwrap(), base) == now, "what was flushed after a recovery is not there");
 }
 
 #[test]
@@ -466,11 +471,10 @@ fn i9_a_crash_at_every_operation_leaves_what_was_flushed() {
             let mut model = Model::new(&base);
             run(&overlay, &base, &mut model, &steps, Some(Fault::Crash));
             for (number, mut choose) in choices().into_iter().enumerate() {
-                let (data, again) = recover(&data, &map, &mut choose);
+                let (data, map, again) = recover(&data, &map, &mut choose);
                 let about = format!("seed {seed}, crash at {at}, choice {number}");
                 model.check(&all(&again, &base), &about);
-                go_on(&again, &base);
-                drop(data);
+                go_on(&data, &map, &again, &base);
                 crashes += 1;
             }
             if *trigger.count.lock().unwrap() <= at {
@@ -493,7 +497,7 @@ fn i9_a_full_disk_at_every_operation_loses_nothing_that_was_flushed() {
             let mut model = Model::new(&base);
             run(&overlay, &base, &mut model, &steps, None);
             for (number, mut choose) in choices().into_iter().enumerate() {
-                let (_, again) = recover(&data, &map, &mut choose);
+                let (_, _, again) = recover(&data, &map, &mut choose);
                 model.check(&all(&again, &base), &format!("seed {seed}, full at {at}, choice {number}"));
             }
             if *trigger.count.lock().unwrap() <= at {
@@ -521,7 +525,7 @@ fn after_a_sync_that_failed_nothing_is_called_durable() {
                 assert_eq!(overlay.write_at(&base, 0, b"x").unwrap_err().kind(), ErrorKind::Unavailable);
             }
             for mut choose in choices() {
-                let (_, again) = recover(&data, &map, &mut choose);
+                let (_, _, again) = recover(&data, &map, &mut choose);
                 model.check(&all(&again, &base), &format!("seed {seed}, lost at {at}"));
             }
             if *trigger.count.lock().unwrap() <= at {
@@ -532,9 +536,28 @@ fn after_a_sync_that_failed_nothing_is_called_durable() {
     }
 }
 
+/// A base that takes its time, so that others come in between.
+struct Slow(Pattern);
+
+impl Base for Slow {
+    fn bytes(&self) -> u64 {
+        self.0.bytes()
+    }
+    fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        std::thread::sleep(std::time::Duration::from_micros(200));
+        self.0.read_at(offset, out)
+    }
+    fn seek_data(&self, offset: u64) -> Result<Option<u64>> {
+        self.0.seek_data(offset)
+    }
+    fn seek_hole(&self, offset: u64) -> Result<u64> {
+        self.0.seek_hole(offset)
+    }
+}
+
 #[test]
 fn parallel_writers_of_one_block_lose_nothing() {
-    let base = Pattern::new();
+    let base = Slow(Pattern::new());
     let trigger = Trigger::new(None);
     let (data, map) = new_files(&trigger);
     let overlay = open(&data, &map).unwrap();
@@ -558,11 +581,11 @@ fn parallel_writers_of_one_block_lose_nothing() {
     });
     overlay.flush().unwrap();
     let overlay = open(&data, &map).unwrap();
-    let out = all(&overlay, &base);
+    let out = all(&overlay, &base.0);
     for sector in 0..sectors {
         assert!(out[sector * 512..][..512] == noise(sector as u64 + 1, 512)[..], "sector {sector}");
     }
-    assert!(out[sectors * 512..] == base.0[sectors * 512..]);
+    assert!(out[sectors * 512..] == base.0.0[sectors * 512..]);
 }
 
 #[test]
@@ -668,4 +691,88 @@ fn a_newer_map_is_refused_by_name() {
     let refused = Header::parse(&header.to_bytes()).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Unsupported);
     assert!(refused.to_string().contains("version 2"), "{refused}");
+}
+
+/// A base of zeros.
+struct Zeros(u64);
+
+impl Base for Zeros {
+    fn bytes(&self) -> u64 {
+        self.0
+    }
+    fn read_at(&self, _offset: u64, out: &mut [u8]) -> Result<()> {
+        out.fill(0);
+        Ok(())
+    }
+    fn seek_data(&self, _offset: u64) -> Result<Option<u64>> {
+        Ok(None)
+    }
+    fn seek_hole(&self, offset: u64) -> Result<u64> {
+        Ok(offset)
+    }
+}
+
+#[test]
+fn i9_a_round_of_many_sectors_may_be_cut_in_any_way() {
+    const BYTES: u64 = 1 << 30;
+    let base = Zeros(BYTES);
+    let quiet = Trigger::new(None);
+    let write_some = |overlay: &Overlay, range: std::ops::Range<u64>| {
+        // So far apart that each takes an entry.
+        range.into_iter().try_for_each(|n| overlay.write_at(&base, n * 1000 * BLOCK as u64, &[n as u8 + 1; BLOCK]))
+    };
+    let has = |overlay: &Overlay, n: u64| {
+        let mut out = [0; BLOCK];
+        overlay.read_at(&base, n * 1000 * BLOCK as u64, &mut out).unwrap();
+        assert!(out == [n as u8 + 1; BLOCK] || out == [0; BLOCK], "block {n} is what it never was");
+        out[0] != 0
+    };
+    let mut cuts = std::collections::BTreeSet::new();
+    for code in 0.. {
+        let data = tempfile::tempfile().unwrap();
+        data.set_len(BYTES).unwrap();
+        let open = |map: &Fragile| {
+            let data = Box::new(OsFile::new("data", data.try_clone().unwrap()));
+            Overlay::open("test", CLONE, BYTES, data, Arc::new(map.clone()), memory()).unwrap()
+        };
+        let trigger = Trigger::new(None);
+        let map = Fragile::new(512, &trigger);
+        write(&map, CLONE, BYTES, &Blocks::default()).unwrap();
+        let overlay = open(&map);
+        write_some(&overlay, 0..3).unwrap();
+        overlay.flush().unwrap();
+        write_some(&overlay, 3..23).unwrap();
+        let durable = map.content.lock().unwrap().clone();
+        overlay.flush().unwrap();
+        let mut content = durable;
+        let whole = map.content.lock().unwrap().now.clone();
+        content.now = whole;
+        content.note(4 * ENTRY_BYTES, 24 * ENTRY_BYTES);
+        let mut rest = code;
+        let crashed = content.crashed(&mut |count| {
+            let digit = rest % count;
+            rest /= count;
+            digit
+        });
+        if rest > 0 {
+            break;
+        }
+        let map = Fragile::of(crashed, &quiet);
+        let overlay = open(&map);
+        let mut used = map.clone();
+        if overlay.load(Arc::new(map)).unwrap() {
+            used = Fragile::new(512, &quiet);
+            overlay.write_map(&used).unwrap();
+            overlay.load(Arc::new(used.clone())).unwrap();
+        }
+        assert!((0..3).all(|n| has(&overlay, n)), "cut {code}: what was flushed is gone");
+        let there: Vec<u64> = (0..23).filter(|n| has(&overlay, *n)).collect();
+        cuts.insert(there.len());
+        write_some(&overlay, 30..35).unwrap();
+        overlay.flush().unwrap();
+        let overlay = open(&used);
+        let again: Vec<u64> = (0..35).filter(|n| has(&overlay, *n)).collect();
+        assert_eq!(again, there.into_iter().chain(30..35).collect::<Vec<_>>(), "cut {code}: opened again");
+    }
+    assert!(cuts.len() > 3, "{cuts:?}");
 }

@@ -1,5 +1,6 @@
 //! `snapfs backup`: reads a source from front to back and commits a sealed snapshot, all or nothing.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
@@ -17,7 +18,7 @@ use crate::ingest::source::Source;
 use crate::ingest::writer::{CommitRequest, Writer, verify_unchanged};
 use crate::limits::{BATCH_SEGMENTS, IMAGE_BYTES_MAX, SEGMENT_BYTES};
 use crate::name::{Reference, SnapshotName};
-use crate::recipe::Tally;
+use crate::recipe::{RootPage, Tally};
 use crate::store::session::Session;
 use crate::store::{Store, disk_and_file};
 use crate::units::{Grid, SegmentIndex};
@@ -34,12 +35,45 @@ const SAMPLE_ONE_IN: u32 = 100;
 /// How a backup is made.
 #[derive(Debug, Default)]
 pub struct BackupOptions {
-    /// Compare with this snapshot and not with the newest of the disk.
-    pub parent: Option<Reference>,
-    /// Text of a change map against the parent.
-    pub changed: Option<Vec<u8>>,
-    /// Read what the map calls unchanged, and refuse the map if it is not.
-    pub verify_map: bool,
+    /// Compare with this and not with the newest snapshot of the disk.
+    pub parent: Option<Parent>,
+    /// What is known of what changed since the parent.
+    pub changed: Option<Changed>,
+}
+
+/// What an image is compared with.
+#[derive(Debug)]
+pub enum Parent {
+    /// A snapshot of the same VM.
+    Snapshot(Reference),
+    /// The root page of one, forgotten or not; the caller has it open.
+    Root(Arc<RootPage>),
+}
+
+/// What is known of what changed since the parent.
+pub enum Changed {
+    /// The text of a change map. A sample of what it calls unchanged is read all the same, or with `verify` all of it, and
+    /// the map refused if it is not true.
+    Map {
+        /// The text.
+        text: Vec<u8>,
+        /// Read everything.
+        verify: bool,
+    },
+    /// Whether any byte from the first to before the second offset changed, told by who cannot be wrong: nothing else
+    /// is read.
+    Known(Box<dyn Fn(u64, u64) -> bool + Send + Sync>),
+}
+
+impl fmt::Debug for Changed {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Map { text, verify } => {
+                out.debug_struct("Map").field("bytes", &text.len()).field("verify", verify).finish()
+            }
+            Self::Known(_) => out.write_str("Known"),
+        }
+    }
 }
 
 /// How far a backup is.
@@ -98,11 +132,14 @@ pub fn backup(
             Ok((if state.disks.contains_key(disk) { Vec::new() } else { vec![op] }, ()))
         })?;
     }
-    let parent_file = match &options.parent {
-        Some(reference) => Some(Store::resolve(&state, reference)?),
-        None => state.latest(disk.as_deref()).cloned(),
+    let parent = match &options.parent {
+        Some(Parent::Root(root)) => Some(Arc::new(Tree::new(root.clone(), session.packs().clone()))),
+        Some(Parent::Snapshot(reference)) => {
+            let file = Store::resolve(&state, reference)?;
+            open_parent(store, &vm, &session, Some(&file), true)?
+        }
+        None => open_parent(store, &vm, &session, state.latest(disk.as_deref()), false)?,
     };
-    let parent = open_parent(store, &vm, &session, parent_file.as_ref(), options.parent.is_some())?;
     let mut work = Work {
         writer: Writer::new(session.clone(), parent.clone()),
         tree: DraftTree::empty(session.packs().clone(), parent.clone()),
@@ -148,18 +185,22 @@ fn early_checks(store: &Store, name: &SnapshotName, options: &BackupOptions) -> 
     if options.changed.is_some() && options.parent.is_none() {
         return Err(invalid("a change map needs the snapshot that it was taken against: --parent"));
     }
-    if let Some(parent) = options.parent.as_ref().filter(|p| p.vm != name.vm) {
-        return Err(invalid(format!("parent {parent} is of another VM than {name}")));
-    }
+    let parent = match &options.parent {
+        Some(Parent::Snapshot(parent)) if parent.vm != name.vm => {
+            return Err(invalid(format!("parent {parent} is of another VM than {name}")));
+        }
+        Some(Parent::Snapshot(parent)) => Some(parent),
+        Some(Parent::Root(_)) | None => None,
+    };
     match store.vm(&name.vm) {
         Ok((vm, state)) => {
             refuse_taken_name(&state, name)?;
-            if let Some(parent) = &options.parent {
+            if let Some(parent) = parent {
                 Store::resolve(&state, parent)?;
             }
             Ok(Some(vm))
         }
-        Err(e) if e.kind() == ErrorKind::NotFound => match &options.parent {
+        Err(e) if e.kind() == ErrorKind::NotFound => match parent {
             Some(parent) => Err(not_found(format!("snapshot {parent} is not there"))),
             None => Ok(None),
         },
@@ -240,18 +281,19 @@ impl Work<'_> {
                 Grid::with_phase(grid_phase(&first, bytes))
             }
         };
-        let map = match &options.changed {
-            Some(text) => Some(ChangeMap::parse(text, bytes)?),
-            None => None,
-        };
-        if let (Some(_), Some(root)) = (&map, &parent_root)
+        if let (Some(_), Some(root)) = (&options.changed, &parent_root)
             && root.image_bytes != bytes
         {
             let (then, now) = (root.image_bytes, bytes);
             return Err(invalid(format!("change map: the parent has {then} bytes, the source {now}")));
         }
-        let unread = match &map {
-            Some(map) => self.reuse_unchanged(map, grid, bytes, options.verify_map)?,
+        let unread = match &options.changed {
+            Some(Changed::Map { text, verify }) => {
+                let map = ChangeMap::parse(text, bytes)?;
+                let sample = if *verify { Sample::All } else { Sample::Some };
+                Some(self.reuse_unchanged(&|start, end| map.touches(start, end), grid, bytes, sample)?)
+            }
+            Some(Changed::Known(touches)) => Some(self.reuse_unchanged(touches, grid, bytes, Sample::None)?),
             None => None,
         };
         let source = &source;
@@ -271,7 +313,13 @@ impl Work<'_> {
 
     /// Takes over what the map calls unchanged, but for a sample that is read all the same. Returns what must not
     /// be read, and what must turn out unchanged.
-    fn reuse_unchanged(&mut self, map: &ChangeMap, grid: Grid, bytes: u64, verify_all: bool) -> Result<Option<Unread>> {
+    fn reuse_unchanged(
+        &mut self,
+        touches: &dyn Fn(u64, u64) -> bool,
+        grid: Grid,
+        bytes: u64,
+        sample: Sample,
+    ) -> Result<Unread> {
         let mut unread = Unread::default();
         let mut offset = [0; 4];
         crate::catalog::vm::fill_random(&mut offset)?;
@@ -279,21 +327,26 @@ impl Work<'_> {
             .filter(|s| {
                 let start = SegmentIndex(*s).grid_offset();
                 let end = start + SEGMENT_BYTES as u64;
-                !map.touches(grid.image_offset(start), grid.image_offset(end).min(bytes))
+                !touches(grid.image_offset(start), grid.image_offset(end).min(bytes))
             })
             .collect();
         let step = (untouched.len() as u32 / SAMPLES_MIN).clamp(1, SAMPLE_ONE_IN);
         let shift = u32::from_le_bytes(offset) % step;
         for (at, segment) in untouched.iter().enumerate() {
             let segment = SegmentIndex(*segment);
-            if verify_all || at as u32 % step == shift {
+            let is_sample = match sample {
+                Sample::None => false,
+                Sample::Some => at as u32 % step == shift,
+                Sample::All => true,
+            };
+            if is_sample {
                 unread.to_verify.insert(segment.0, self.writer.parent_digest(segment)?);
             } else if let Some(place) = self.writer.reuse(segment)? {
                 self.tree.set(segment, place)?;
                 unread.taken.insert(segment.0);
             }
         }
-        Ok(Some(unread))
+        Ok(unread)
     }
 
     /// Runs `read` in a thread of its own and works on what it sends. Returns what `read` returns.
@@ -324,6 +377,14 @@ impl Work<'_> {
         }
         Ok(())
     }
+}
+
+/// How much of what is called unchanged is read all the same.
+#[derive(Clone, Copy)]
+enum Sample {
+    None,
+    Some,
+    All,
 }
 
 /// What a change map spares.

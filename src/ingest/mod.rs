@@ -4,6 +4,7 @@ pub mod background;
 pub mod backup;
 pub mod budget;
 pub mod change_map;
+pub mod clone;
 pub mod draft;
 pub mod draft_tree;
 pub mod lane;

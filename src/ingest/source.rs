@@ -21,8 +21,28 @@ enum Input {
     File { file: File, bytes: u64 },
     /// A block device and its size.
     Device { file: File, bytes: u64 },
+    /// What is put together from elsewhere.
+    View(Box<dyn View>),
     /// Bytes that come once, one after another.
     Stream(Box<dyn Read + Send + Sync>),
+}
+
+/// An image that is put together from elsewhere, and does not change while it is read.
+pub trait View: Send + Sync {
+    /// Bytes of the image.
+    fn bytes(&self) -> u64;
+
+    /// As [`Source::next_data`].
+    ///
+    /// # Errors
+    /// Those of where it comes from.
+    fn next_data(&self, from: u64) -> Result<Option<(u64, u64)>>;
+
+    /// As [`Source::read_at`].
+    ///
+    /// # Errors
+    /// Those of where it comes from.
+    fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()>;
 }
 
 impl Source {
@@ -62,6 +82,11 @@ impl Source {
         Self::stream("standard input", io::stdin())
     }
 
+    /// An image that is put together from elsewhere; `name` is what messages call it.
+    pub fn view(name: impl Into<String>, view: impl View + 'static) -> Self {
+        Self { name: name.into(), input: Input::View(Box::new(view)) }
+    }
+
     /// Whatever `input` gives; `name` is what messages call it.
     pub fn stream(name: impl Into<String>, input: impl Read + Send + Sync + 'static) -> Self {
         Self { name: name.into(), input: Input::Stream(Box::new(input)) }
@@ -71,6 +96,7 @@ impl Source {
     pub fn bytes(&self) -> Option<u64> {
         match &self.input {
             Input::File { bytes, .. } | Input::Device { bytes, .. } => Some(*bytes),
+            Input::View(view) => Some(view.bytes()),
             Input::Stream(_) => None,
         }
     }
@@ -88,6 +114,7 @@ impl Source {
         let (file, bytes) = match &self.input {
             Input::File { file, bytes } => (file, *bytes),
             Input::Device { bytes, .. } => return Ok((from < *bytes).then_some((from, *bytes))),
+            Input::View(view) => return view.next_data(from),
             Input::Stream(_) => return Err(self.not_by_ranges()),
         };
         if from >= bytes {
@@ -115,8 +142,10 @@ impl Source {
     /// `Invalid` past the end, which a source that shrank has too early, and for a stream; as the system has it
     /// otherwise, with the offset.
     pub fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
-        let (Input::File { file, .. } | Input::Device { file, .. }) = &self.input else {
-            return Err(self.not_by_ranges());
+        let file = match &self.input {
+            Input::File { file, .. } | Input::Device { file, .. } => file,
+            Input::View(view) => return view.read_at(offset, out).map_err(|e| e.within(&self.name)),
+            Input::Stream(_) => return Err(self.not_by_ranges()),
         };
         let mut at = offset;
         let mut rest = &mut *out;

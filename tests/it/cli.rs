@@ -10,7 +10,7 @@ use rustix::fs::{FlockOperation, flock};
 use crate::whole::{Disk, Loop, MIB, Place, eventually, image, need_loop, need_tools, same, signal};
 use crate::world::noise;
 
-const COMMANDS: [&str; 23] = [
+const COMMANDS: [&str; 24] = [
     "init",
     "mount",
     "umount",
@@ -33,6 +33,7 @@ const COMMANDS: [&str; 23] = [
     "clone",
     "clones",
     "unclone",
+    "commit",
     "demo",
 ];
 

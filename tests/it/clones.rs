@@ -659,6 +659,45 @@ fn a_clone_keeps_a_forgotten_snapshot() {
 }
 
 #[test]
+fn a_clone_becomes_a_snapshot() {
+    need_mount!("clones::a_clone_becomes_a_snapshot");
+    let scene = Scene::new();
+    let place = &scene.place;
+    let mount = scene.mount("");
+    scene.make("one");
+    let file = scene.open("one");
+    file.write_all_at(&noise(40, 100_000), 3_000_000).unwrap();
+    place.snapfs("commit store one web01/b.img").fails(5, "one");
+    drop(file);
+    let want = scene.read("one");
+    let report = place.snapfs("commit store one web01/b.img --json").ok().json();
+    assert_eq!(report["name"], "web01/b.img");
+    assert!(report["levels"]["new_bytes"].as_u64().unwrap() <= 27 * 4096, "{report}");
+    place.snapfs("commit store one web01/b.img").fails(1, "exists");
+    place.snapfs("commit store none web01/c.img").fails(3, "none");
+    place.snapfs("commit store one web01/a.img").fails(1, "exists");
+    same(&place.snapfs("restore store web01/b.img -").ok().out, &want, "the new snapshot");
+    eventually("the mount shows it", || place.exists("mnt/web01/b.img"));
+    same(&place.read("mnt/web01/b.img"), &want, "the new snapshot in the mount");
+    assert_eq!(place.mode("mnt/web01/b.img"), 0o444);
+    same(&scene.read("one"), &want, "the clone after it");
+    // It goes on from there; a reader does not stand in the way of a commit.
+    let file = scene.open("one");
+    file.write_all_at(b"more", 7_000_000).unwrap();
+    drop(file);
+    let want = scene.read("one");
+    let reader = File::open(place.path("mnt/.snapfs/clones/one")).unwrap();
+    place.snapfs("commit store one web01/disk/c.img").ok();
+    drop(reader);
+    same(&place.snapfs("restore store web01/disk/c.img -").ok().out, &want, "on another disk");
+    mount.umount();
+    place.snapfs("commit store one web02/first.img --clones clones").ok();
+    same(&place.snapfs("restore store web02/first.img -").ok().out, &want, "in another VM");
+    scene.snapshot_is_unchanged();
+    place.snapfs("check store --read-data").ok();
+}
+
+#[test]
 fn a_clone_that_was_cut_off_leaves_nothing_behind() {
     need_mount!("clones::a_clone_that_was_cut_off_leaves_nothing_behind");
     let scene = Scene::new();

@@ -10,6 +10,7 @@
 mod attach;
 mod backend_suite;
 mod cli;
+mod clone_store;
 mod clones;
 mod cost;
 mod crash;

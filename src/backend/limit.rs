@@ -1,7 +1,7 @@
 //! A wrapper that holds reading and writing to a rate, for work that others should not notice.
 //!
 //! A bucket of tokens, told as time: each byte moves the moment from which on the next may pass. Who comes before that
-//! moment waits. After a pause as much as [`BURST`] brings may pass at once.
+//! moment waits. After a pause as much as a fixed burst brings may pass at once.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

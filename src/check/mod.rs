@@ -1,5 +1,5 @@
 //! The invariants as a program: reads everything that a store should have, and says what is missing or wrong.
-//! Changes nothing (but for [`rebuild()`]), needs no lock, and runs beside writers and collection.
+//! Changes nothing (but for [`rebuild()`] and, when asked for, [`copies`]), needs no lock, and runs beside writers and collection.
 //!
 //! ```text
 //!   each VM:  log ── objects: length, header, index, slot table, frames      (I1, I3, I4)
@@ -10,6 +10,8 @@
 pub mod store;
 
 pub mod vm;
+
+pub mod copies;
 
 pub mod holds;
 

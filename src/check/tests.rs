@@ -7,7 +7,7 @@ use crate::check::testing::{Bench, Model, open, vm};
 use crate::check::{CheckOptions, CheckReport, Severity, check_store};
 use crate::error::ErrorKind;
 
-const FULL: CheckOptions = CheckOptions { read_data: true, sample_percent: None };
+const FULL: CheckOptions = CheckOptions { read_data: true, sample_percent: None, repair: false };
 
 fn check(bench: &Bench, options: CheckOptions) -> CheckReport {
     check_store(&open(Arc::new(bench.memory.clone())), options, &mut |_| {}).unwrap()

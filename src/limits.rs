@@ -105,5 +105,8 @@ pub const BATCH_SEGMENTS: usize = 4;
 /// Bytes kept aside so that forget and collect work on a full disk.
 pub const RESERVE_BYTES: u64 = 4 << 20;
 
+/// The least rate that collection can be held to: at 64 KiB a second a pack takes half an hour, under its VM's lock.
+pub const GC_RATE_BYTES_MIN: u64 = 64 << 10;
+
 const _: () = assert!(SEGMENT_BYTES == 2 << 20, "docs/FORMAT.md: a segment is 2 MiB");
 const _: () = assert!(GROUP_BYTES == 1 << 30, "docs/FORMAT.md: a group is 1 GiB");

@@ -118,5 +118,8 @@ pub const TARGET_CALLS_MAX: usize = 32;
 /// Copies remembered as bad: those that are noticed before anybody repairs them.
 pub const BAD_COPIES_MAX: usize = 4096;
 
+/// The least rate that collection can be held to: at 64 KiB a second a pack takes half an hour, under its VM's lock.
+pub const GC_RATE_BYTES_MIN: u64 = 64 << 10;
+
 const _: () = assert!(SEGMENT_BYTES == 2 << 20, "docs/FORMAT.md: a segment is 2 MiB");
 const _: () = assert!(GROUP_BYTES == 1 << 30, "docs/FORMAT.md: a group is 1 GiB");

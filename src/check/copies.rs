@@ -190,6 +190,7 @@ impl CopyCheck<'_> {
         };
         let healed = healed.unwrap_or_else(|e| {
             log::warn!("{}: no copy of some part of it is whole: {e}", place.key);
+            self.report.copies_hopeless += bad;
             0
         });
         for (target, why) in &found.bad {
@@ -219,7 +220,9 @@ impl CopyCheck<'_> {
             }
             self.report.copies += 1;
         }
-        // Without a good one the rest of the check tells of it; without any it was deleted meanwhile.
+        // While objects move it may be where it was before. Without a good one the rest of the check tells of it; without
+        // any it was deleted meanwhile.
+        let good = good.or_else(|| self.replicated.read_all_checked(key, bytes_max, verify).ok());
         let Some(bytes) = good else { return };
         for (target, why) in bad {
             let is_repaired = self.options.repair
@@ -312,5 +315,9 @@ fn verify_entry(entry: LogEntry, incarnation: Incarnation, bytes: &[u8]) -> Resu
             ((state.number, state.incarnation), number)
         }
     };
-    if told == (wanted, incarnation) { Ok(()) } else { Err(corrupt(format!("is of record {} or of another VM", told.0.0))) }
+    if told == (wanted, incarnation) {
+        Ok(())
+    } else {
+        Err(corrupt(format!("is of record {} or of another VM", told.0.0)))
+    }
 }

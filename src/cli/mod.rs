@@ -29,6 +29,7 @@ pub mod show;
 pub mod stats;
 pub mod store_arg;
 pub mod supervisor;
+pub mod target;
 pub mod umount;
 pub mod unclone;
 
@@ -87,6 +88,8 @@ Mount options:
   allow_other        other users may ask; permissions count all the same [default for root]
   noallow_other      only the user who mounts may ask [default for others]
   noexec             no programs are run from the mount
+  nodelete           nothing can be removed through this mount (EPERM)
+  gc=on              what is forgotten through this mount is collected in the background [default: off]
   clones=DIR         where writable clones are kept [default: /var/lib/snapfs/clones for root]
   log=FILE           log to a file instead of the system log
 
@@ -150,6 +153,9 @@ enum Command {
     /// Show what the store holds and what it saves
     #[command(after_help = stats::EXAMPLES)]
     Stats(stats::Stats),
+    /// List, add or remove the targets of a store: the folders that hold its objects
+    #[command(after_help = target::EXAMPLES)]
+    Target(target::Target),
     /// Make a block device of a snapshot
     #[command(after_help = attach::EXAMPLES)]
     Attach(attach::Attach),
@@ -350,6 +356,7 @@ fn run(args: Vec<OsString>) -> u8 {
         Command::Gc(command) => command.run(),
         Command::Check(command) => command.run(),
         Command::Stats(command) => command.run(),
+        Command::Target(command) => command.run(),
         Command::Attach(command) => command.run(),
         Command::Detach(command) => command.run(),
         Command::Reap(command) => command.run(),

@@ -162,7 +162,9 @@ pub fn heal(replicated: &Replicated, place: &ObjectPlace) -> Result<u64> {
                 replicated.is_healed(&place.key, target.id());
                 log::warn!("{}: the bad copy on {} is replaced: {why}", place.key, target.name());
             }
-            Err(e) if e.kind() == ErrorKind::Corrupt && found.whole.is_empty() => return Err(e),
+            Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::NotFound) && found.whole.is_empty() => {
+                return Err(e.as_kind(ErrorKind::Corrupt));
+            }
             Err(e) => log::warn!("{}: the bad copy on {} stays: {e}", place.key, target.name()),
         }
     }

@@ -264,7 +264,7 @@ fn what_is_wrong_is_told_in_hotplug_error() {
     host.add_fails("given up");
     host.forget();
     // The program is missing, or it hangs: whatever happens, libxl hears of it before its own patience ends.
-    host.edit("block-snapfs", "limit=20", "limit=1");
+    host.edit("block-snapfs", "\nlimit=30", "\nlimit=1");
     host.edit("block-snapfs", "PATH=$PATH:/usr/local/sbin:/usr/local/bin", "");
     for (body, word) in [("exec sleep 600", "no answer within 1 seconds"), ("echo /dev/nothing", "got no block device")]
     {

@@ -1,7 +1,7 @@
-//! What is attached on this host: one file for each owner, in a folder that is gone after a boot, as the devices are.
+//! What is attached on this host: one file for each owner, in a folder that outlives the host's boots, as clones do.
 //!
-//! A record is written before its device is in use and deleted after it is free, so that whatever is cut off in between
-//! can be told from it.
+//! A record is durable before its clone is made and before its device is in use, and is deleted after both are gone, so
+//! that whatever is cut off in between can be told from it.
 
 use std::fmt;
 use std::fs::File;
@@ -13,13 +13,14 @@ use std::time::Duration;
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
-use crate::cli::attach::loop_device::{FileIdentity, LoopDevice};
+use crate::cli::attach::loop_device::{Binding, Shows};
+use crate::cli::attach::own_clone::OwnClone;
 use crate::error::{Error, Result, busy, corrupt, invalid};
 
 /// The variable that names another folder.
 pub const FOLDER_VARIABLE: &str = "SNAPFS_ATTACHED";
 
-const FOLDER: &str = "/run/snapfs/attached";
+const FOLDER: &str = "/var/lib/snapfs/attached";
 
 /// Bytes of an owner's name: escaped, it is a file name with an ending.
 const OWNER_BYTES_MAX: usize = 80;
@@ -104,12 +105,27 @@ pub struct Attachment {
     pub target: String,
     /// Whether the device can be written to.
     pub writable: bool,
-    /// The device.
-    pub device: LoopDevice,
-    /// The file that the device shows, by its path then.
-    pub path: PathBuf,
-    /// The same, whatever its name.
-    pub file: FileIdentity,
+    /// The clone that was made for it, or was about to be; `None` when the target itself is shown.
+    #[serde(default)]
+    pub clone: Option<OwnClone>,
+    /// The device and its file; `None` until they are chosen.
+    #[serde(default)]
+    pub binding: Option<Binding>,
+}
+
+impl Attachment {
+    /// What its device shows.
+    ///
+    /// # Errors
+    /// As [`Binding::shows`].
+    pub fn shows(&self) -> Result<Shows> {
+        self.binding.as_ref().map_or(Ok(Shows::Other), Binding::shows)
+    }
+
+    /// The path of its device, for people.
+    pub fn device(&self) -> String {
+        self.binding.as_ref().map_or_else(|| "no device".to_owned(), |b| b.device.path().display().to_string())
+    }
 }
 
 /// The folder of records.
@@ -123,8 +139,13 @@ impl Registry {
     /// # Errors
     /// `Denied` for all but root, `Unavailable`.
     pub fn open() -> Result<Self> {
-        let folder = std::env::var_os(FOLDER_VARIABLE).filter(|path| !path.is_empty());
-        Self::at(folder.map_or_else(|| PathBuf::from(FOLDER), PathBuf::from))
+        Self::at(folder())
+    }
+
+    /// The registry of this host, if it has one.
+    pub fn existing() -> Option<Self> {
+        let folder = folder();
+        folder.is_dir().then_some(Self { folder })
     }
 
     fn at(folder: PathBuf) -> Result<Self> {
@@ -185,6 +206,11 @@ impl Registry {
     }
 }
 
+fn folder() -> PathBuf {
+    let folder = std::env::var_os(FOLDER_VARIABLE).filter(|path| !path.is_empty());
+    folder.map_or_else(|| PathBuf::from(FOLDER), PathBuf::from)
+}
+
 fn is_at(file: &File, path: &Path) -> bool {
     let same = |a: &std::fs::Metadata, b: &std::fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
     matches!((file.metadata(), path.symlink_metadata()), (Ok(open), Ok(there)) if same(&open, &there))
@@ -219,7 +245,7 @@ impl Held<'_> {
         self.registry.get(&self.owner)
     }
 
-    /// Writes the record, all of it or nothing.
+    /// Writes the record, all of it or nothing; it is durable when this returns.
     ///
     /// # Errors
     /// `NoSpace`, `Unavailable`.
@@ -228,9 +254,9 @@ impl Held<'_> {
         let about = path.display().to_string();
         let text = serde_json::to_vec_pretty(attachment).map_err(|e| corrupt("JSON").because(e))?;
         let mut file = tempfile::NamedTempFile::new_in(&self.registry.folder).map_err(|e| Error::io(&about, e))?;
-        file.write_all(&text).map_err(|e| Error::io(&about, e))?;
+        file.write_all(&text).and_then(|()| file.as_file().sync_all()).map_err(|e| Error::io(&about, e))?;
         file.persist(&path).map_err(|e| Error::io(&about, e.error))?;
-        Ok(())
+        File::open(&self.registry.folder).and_then(|folder| folder.sync_all()).map_err(|e| Error::io(&about, e))
     }
 
     /// Deletes the record. Done when there is none.
@@ -258,6 +284,7 @@ impl Drop for Held<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::attach::loop_device::{FileIdentity, LoopDevice};
     use crate::error::ErrorKind;
 
     fn registry(folder: &tempfile::TempDir) -> Registry {
@@ -269,9 +296,13 @@ mod tests {
             owner: owner.clone(),
             target: "web01/latest".to_owned(),
             writable: false,
-            device: LoopDevice::parse(Path::new("/dev/loop4711")).unwrap(),
-            path: PathBuf::from("/mnt/snapfs/web01/a.img"),
-            file: FileIdentity { device: "0:45".to_owned(), inode: 7 },
+            clone: None,
+            binding: Some(Binding {
+                device: LoopDevice::parse(Path::new("/dev/loop4711")).unwrap(),
+                path: PathBuf::from("/mnt/snapfs/web01/a.img"),
+                file: FileIdentity { device: "0:45".to_owned(), inode: 7 },
+                boot: "this".to_owned(),
+            }),
         }
     }
 
@@ -285,7 +316,15 @@ mod tests {
         held.delete().unwrap();
         held.put(&attachment(&owner)).unwrap();
         assert_eq!(registry.get(&owner).unwrap(), Some(attachment(&owner)));
-        let newer = Attachment { writable: true, ..attachment(&owner) };
+        let clone = OwnClone {
+            store: PathBuf::from("/srv/snapfs"),
+            folder: PathBuf::from("/var/lib/snapfs/clones/00"),
+            name: "web01-a.img".to_owned(),
+            id: "00".to_owned(),
+            path: PathBuf::from("/mnt/snapfs/.snapfs/clones/web01-a.img"),
+            keep: true,
+        };
+        let newer = Attachment { writable: true, clone: Some(clone), binding: None, ..attachment(&owner) };
         held.put(&newer).unwrap();
         assert_eq!(held.get().unwrap(), Some(newer));
         assert_eq!(registry.owners().unwrap(), std::slice::from_ref(&owner));

@@ -6,6 +6,7 @@
 pub mod calls;
 pub mod limit;
 pub mod local;
+pub mod placement;
 pub mod testing;
 
 use std::fmt;

@@ -24,6 +24,7 @@ mod format;
 mod fuzz;
 mod hold;
 mod invariants;
+mod kills;
 mod manual;
 mod model;
 mod mount;

@@ -74,7 +74,9 @@ impl Clone {
         }
         if mount.read_only {
             let shown = mount.mountpoint.display();
-            log::warn!("{shown} is mounted with ro: bind-mount its .snapfs/clones and remount that rw to write to it");
+            let how =
+                "`snapfs attach PATH --write` makes a device, and a bind mount of .snapfs/clones can be remounted rw";
+            log::warn!("{shown} is mounted with ro: to write to it, {how}");
         }
         Ok(DONE)
     }

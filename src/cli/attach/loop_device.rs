@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use crate::cli::attach::tool::{command, succeed};
+use crate::cli::attach::tool::{command, run, succeed};
 use crate::error::{Error, ErrorKind, Result, busy, corrupt, invalid};
 
 /// What a call of `losetup` may take. It opens a file of a mount, whose daemon may be slow.
@@ -228,6 +228,18 @@ impl Binding {
             }
             _ => Shows::Other,
         })
+    }
+
+    /// Whether what the device shows can be read: of a file that never changes the kernel tells much from memory, whether
+    /// its daemon lives or not.
+    ///
+    /// # Errors
+    /// `NotFound` without `dd`; `Unavailable` when the mount does not answer.
+    pub fn answers(&self) -> Result<bool> {
+        let mut read = command("dd");
+        read.args(["of=/dev/null", "bs=4096", "count=1", "iflag=direct", "status=none"]);
+        read.arg(format!("if={}", self.device.path().display()));
+        Ok(run(read, LIMIT)?.status.success())
     }
 
     /// Whether this is what the kernel tells of our path. It leaves out where the mount lies when that was in a

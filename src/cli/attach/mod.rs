@@ -89,7 +89,7 @@ impl Attach {
             let is_same = old.target == self.target && old.writable == self.write;
             if self.fresh {
                 release(held, &old)?;
-            } else if is_same && shows == Shows::File {
+            } else if is_same && shows == Shows::File && old.binding.as_ref().map_or(Ok(false), Binding::answers)? {
                 return self.again(held, old);
             } else if is_same && old.clone.as_ref().is_some_and(OwnClone::is_there) {
                 // The mount's daemon has died, or the host has: what was written is still there.

@@ -70,12 +70,16 @@ impl Reap {
                 }
             }
         }
+        if !self.dry_run {
+            registry.sweep()?;
+        }
         if self.json {
             output::json(&rows)?;
         } else {
             for row in &rows {
                 let verb = if self.dry_run { "would be freed" } else { "freed" };
-                let what = format!("{} ({}, {})", row.target, row.device, row.owner);
+                let clone = row.clone.as_ref().map_or_else(String::new, |name| format!(", clone {name}"));
+                let what = format!("{} ({}, {}{clone})", row.target, row.device, row.owner);
                 match &row.failed {
                     None => output::line(format!("{what}: {verb}, {}", row.reason))?,
                     Some(why) => output::message(format!("{what}: {why}")),

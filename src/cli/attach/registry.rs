@@ -6,7 +6,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -37,6 +37,9 @@ const LOCK_PAUSE: Duration = Duration::from_millis(50);
 
 const RECORD_ENDING: &str = ".json";
 const LOCK_ENDING: &str = ".lock";
+
+/// What a record has in place of its ending while it is being written.
+const NEW_EXTENSION: &str = "new";
 
 /// For whom something is attached, such as `xen:backend/vbd/7/51728`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -174,6 +177,32 @@ impl Registry {
         Err(busy(format!("another process attaches or detaches for {owner}")))
     }
 
+    /// Deletes the locks and half-written records of processes that were killed.
+    ///
+    /// # Errors
+    /// `Denied`, `Unavailable`.
+    pub fn sweep(&self) -> Result<()> {
+        let failed = |e: std::io::Error| Error::io(self.folder.display().to_string(), e);
+        for row in std::fs::read_dir(&self.folder).map_err(failed)?.take(RECORDS_MAX) {
+            let path = row.map_err(failed)?.path();
+            let is_new = path.extension().is_some_and(|ending| ending == NEW_EXTENSION);
+            let lock = path.with_extension(LOCK_ENDING.trim_start_matches('.'));
+            if !is_new && lock != path {
+                continue;
+            }
+            let Ok(file) = File::options().create(true).truncate(false).write(true).open(&lock) else { continue };
+            let taken = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
+            // While it is held and has this name nobody works there.
+            if taken.is_ok() && is_at(&file, &lock) {
+                if is_new {
+                    let _ = std::fs::remove_file(&path);
+                }
+                let _ = std::fs::remove_file(&lock);
+            }
+        }
+        Ok(())
+    }
+
     /// All owners that have something attached.
     ///
     /// # Errors
@@ -253,10 +282,13 @@ impl Held<'_> {
         let path = self.registry.record_path(&self.owner);
         let about = path.display().to_string();
         let text = serde_json::to_vec_pretty(attachment).map_err(|e| corrupt("JSON").because(e))?;
-        let mut file = tempfile::NamedTempFile::new_in(&self.registry.folder).map_err(|e| Error::io(&about, e))?;
-        file.write_all(&text).and_then(|()| file.as_file().sync_all()).map_err(|e| Error::io(&about, e))?;
-        file.persist(&path).map_err(|e| Error::io(&about, e.error))?;
-        File::open(&self.registry.folder).and_then(|folder| folder.sync_all()).map_err(|e| Error::io(&about, e))
+        // One name for each owner: what is left by a process that was killed is written over.
+        let new = path.with_extension(NEW_EXTENSION);
+        let written = File::options().create(true).truncate(true).write(true).mode(0o600).open(&new);
+        let written = written.and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()));
+        let written = written.and_then(|()| std::fs::rename(&new, &path));
+        let synced = written.and_then(|()| File::open(&self.registry.folder)?.sync_all());
+        synced.map_err(|e| Error::io(about, e))
     }
 
     /// Deletes the record. Done when there is none.
@@ -369,6 +401,31 @@ mod tests {
         registry.lock(&Owner::new("y").unwrap()).unwrap();
         assert_eq!(registry.lock(&owner).map(drop).unwrap_err().kind(), ErrorKind::Busy);
         drop(held);
+    }
+
+    #[test]
+    fn what_a_killed_process_leaves_is_swept() {
+        let folder = tempfile::tempdir().unwrap();
+        let registry = registry(&folder);
+        let owner = Owner::new("x").unwrap();
+        let held = registry.lock(&owner).unwrap();
+        held.put(&attachment(&owner)).unwrap();
+        let others = ["y.lock", "y.new", "z.lock", "u.new", "x.new"];
+        for name in others {
+            std::fs::write(registry.folder.join(name), "").unwrap();
+        }
+        registry.sweep().unwrap();
+        let left = || {
+            let rows = std::fs::read_dir(&registry.folder).unwrap();
+            let mut names: Vec<_> = rows.map(|row| row.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(left(), ["x.json", "x.lock", "x.new"], "what is at work is left alone");
+        drop(held);
+        registry.sweep().unwrap();
+        assert_eq!(left(), ["x.json"]);
+        assert_eq!(registry.get(&owner).unwrap(), Some(attachment(&owner)));
     }
 
     #[test]

@@ -66,6 +66,8 @@ impl Clone {
         })?;
         let made = make_in_mount(&store, mount, &reference, self.name.as_deref(), |_, _| Ok(()))?;
         let path = mount.path_of(&made.name);
+        // The last word has the mount.
+        std::fs::symlink_metadata(&path).map_err(|e| Error::io(path.display().to_string(), e))?;
         if self.json {
             let (snapshot, size) = (made.description.snapshot.as_str(), made.description.image_bytes);
             output::json(&Report { name: &made.name, path, snapshot, size, read_only: mount.read_only })?;
@@ -82,7 +84,7 @@ impl Clone {
     }
 }
 
-/// Makes a clone that a mount shows. `note` is told of it before, as by [`make`].
+/// Makes a clone for a mount to show; whether it does is left to be asked. `note` is told of it before, as by [`make`].
 ///
 /// # Errors
 /// `ReadOnly` when nothing can be written in the mount in any way; as [`make`].
@@ -99,9 +101,5 @@ pub fn make_in_mount(
     }
     let folder = ClonesFolder::at(mount.clones.clone());
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let made = make(store, &folder, reference, name, &host, note)?;
-    // The last word has the mount.
-    let path = mount.path_of(&made.name);
-    std::fs::symlink_metadata(&path).map_err(|e| Error::io(path.display().to_string(), e))?;
-    Ok(made)
+    make(store, &folder, reference, name, &host, note)
 }

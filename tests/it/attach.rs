@@ -234,7 +234,7 @@ fn without_root_it_is_denied_in_one_line() {
     }
     let done = place.shell(&line).fails(1, "attached");
     assert_eq!(done.err.lines().count(), 1, "{}", done.err);
-    assert!(!Path::new("/run/snapfs/attached/none").exists());
+    assert_eq!(traces(&place), 0);
 }
 
 /// A scene for clones: the host's configuration tells the mountpoint and where clones are.
@@ -407,6 +407,64 @@ fn where_nothing_can_be_written_no_clone_is_left() {
     nothing_is_left(&place);
     place.snapfs("attach web01/none.img --write").fails(3, "no such snapshot");
     place.snapfs("attach none/latest --write --keep").fails(3, "no such snapshot");
+    nothing_is_left(&place);
+    mount.umount();
+}
+
+#[test]
+fn a_clone_that_another_daemon_writes_is_busy() {
+    const NAME: &str = "attach::a_clone_that_another_daemon_writes_is_busy";
+    need_mount!(NAME);
+    need_loop!(NAME);
+    let (place, _, _) = writable_scene();
+    let mount = place.mount("");
+    let other = place.mount_at("other", "");
+    let _freed = Freed(&place);
+    place.snapfs("clone store web01/a.img mine").ok();
+    let path = place.path("mnt/.snapfs/clones/mine");
+    let words = ["attach", path.to_str().unwrap(), "--write", "--owner", "guest"];
+    let file = File::options().write(true).open(place.path("other/.snapfs/clones/mine")).unwrap();
+    place.run(&words).fails(5, "is open in another process");
+    assert!(loops_of(&place).is_empty());
+    drop(file);
+    eventually("it is closed", || place.run(&words).code == 0);
+    place.snapfs("detach --owner guest").ok();
+    assert_eq!(clones(&place), ["mine"]);
+    other.umount();
+    mount.umount();
+}
+
+#[test]
+fn many_writers_at_a_time_get_a_clone_each() {
+    const NAME: &str = "attach::many_writers_at_a_time_get_a_clone_each";
+    need_mount!(NAME);
+    need_loop!(NAME);
+    let (place, a, _) = writable_scene();
+    let mount = place.mount("ro");
+    let _freed = Freed(&place);
+    let attach = |owner: &str| attached(place.snapfs(&format!("attach web01/latest --write --owner {owner}")));
+    // Two calls each for four owners.
+    let owners = ["1", "2", "3", "4"];
+    let mut devices: Vec<PathBuf> = std::thread::scope(|scope| {
+        let calls: Vec<_> = owners.iter().chain(&owners).map(|owner| scope.spawn(|| attach(owner))).collect();
+        calls.into_iter().map(|call| call.join().unwrap()).collect()
+    });
+    assert_eq!(devices[..4], devices[4..]);
+    devices.truncate(4);
+    for (number, device) in devices.iter().enumerate() {
+        write_to(device, &[number as u8; 4096], 8192);
+    }
+    for (number, device) in devices.iter().enumerate() {
+        let mut want = a.clone();
+        want[8192..12288].fill(number as u8);
+        same(&std::fs::read(device).unwrap(), &want, "a clone");
+    }
+    assert_eq!((clones(&place).len(), loops_of(&place).len()), (4, 4));
+    std::thread::scope(|scope| {
+        for device in &devices {
+            scope.spawn(|| place.run(&["detach", device.to_str().unwrap()]).ok());
+        }
+    });
     nothing_is_left(&place);
     mount.umount();
 }

@@ -202,6 +202,36 @@ fn owner_and_mode_are_kept_for_who_runs_the_guest() {
 }
 
 #[test]
+fn a_service_without_privileges_gives_clones_away() {
+    const NAME: &str = "clones::a_service_without_privileges_gives_clones_away";
+    need_mount!(NAME);
+    need_tools!(NAME, "setpriv");
+    if !is_root() {
+        return crate::whole::skip(NAME, "needs root");
+    }
+    let unit = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("mount-helpers/snapfs@.service");
+    let unit = std::fs::read_to_string(unit).unwrap();
+    let names = unit.lines().find_map(|line| line.strip_prefix("CapabilityBoundingSet=")).unwrap();
+    let names: String =
+        names.split(' ').map(|name| format!(",+{}", name.strip_prefix("CAP_").unwrap().to_lowercase())).collect();
+    let scene = Scene::new();
+    let place = &scene.place;
+    let program = crate::whole::SNAPFS;
+    let _cleared = scene.unmounted();
+    std::fs::create_dir(place.path("mnt")).unwrap();
+    let mount = format!("{program} mount store mnt -o clones={}", place.path("clones").display());
+    place.shell(&format!("setpriv --bounding-set=-all{names} --no-new-privs {mount}")).ok();
+    let path = scene.make("one");
+    std::os::unix::fs::chown(&path, Some(1234), Some(5678)).unwrap();
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o640)).unwrap();
+    scene.open("one").write_all_at(b"written", 0).unwrap();
+    let of = path.metadata().unwrap();
+    assert_eq!((of.uid(), of.gid(), of.mode() & 0o7777), (1234, 5678, 0o640));
+    place.snapfs("unclone store one").ok();
+    place.snapfs("umount mnt").ok();
+}
+
+#[test]
 fn zeros_and_holes_of_a_clone_are_true() {
     const NAME: &str = "clones::zeros_and_holes_of_a_clone_are_true";
     need_mount!(NAME);

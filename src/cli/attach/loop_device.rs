@@ -127,7 +127,8 @@ impl LoopDevice {
     /// `wrap` may have the program run by another one.
     ///
     /// # Errors
-    /// Those of `before`; `Busy` when all devices that were free were taken by others first, `ReadOnly` when the file
+    /// Those of `before`; `Busy` when all devices that were free were taken by others first or the file is a clone that
+    /// another process has open, `ReadOnly` when the file
     /// cannot be written but should be, `Denied`, `Unavailable`.
     pub fn bind(
         path: &Path,
@@ -135,6 +136,7 @@ impl LoopDevice {
         mut before: impl FnMut(&Self) -> Result<()>,
         wrap: impl Fn(std::process::Command) -> std::process::Command,
     ) -> Result<Self> {
+        let mut is_taken = false;
         for _ in 0..TRIES {
             let device = Self::next_free()?;
             before(&device)?;
@@ -151,11 +153,16 @@ impl LoopDevice {
                     return Err(Error::new(ErrorKind::ReadOnly, format!("{}: {what}", path.display())));
                 }
                 Ok(_) => return Ok(device),
-                Err(e) if e.kind() == ErrorKind::Busy => log::debug!("{e}"),
+                Err(e) if e.kind() == ErrorKind::Busy => {
+                    log::debug!("{e}");
+                    is_taken |= device.is_bound();
+                }
                 Err(e) => return Err(e.within(path.display())),
             }
         }
-        Err(busy(format!("{}: others took every free loop device", path.display())))
+        // The word is the same for a device and for the file.
+        let why = if is_taken { "others took every free loop device" } else { "is open in another process" };
+        Err(busy(format!("{}: {why}", path.display())))
     }
 
     fn is_read_only(&self) -> bool {

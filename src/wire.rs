@@ -5,7 +5,7 @@
 
 use crate::clock::Timestamp;
 use crate::error::{Result, corrupt};
-use crate::units::{Generation, Incarnation, ObjectId, RecordNumber, Serial};
+use crate::units::{Generation, Incarnation, ObjectId, RecordNumber, Serial, SlotId};
 
 /// Elements of a list take at most this many times the bytes of their stored form, but for short lists.
 const EXPANSION_MAX: usize = 16;
@@ -132,6 +132,15 @@ impl Wire for Serial {
     }
 }
 
+impl Wire for SlotId {
+    fn put(&self, out: &mut Vec<u8>) {
+        self.0.put(out);
+    }
+    fn take(reader: &mut Reader<'_>) -> Result<Self> {
+        Ok(Self(u64::take(reader)?))
+    }
+}
+
 impl Wire for Incarnation {
     fn put(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(&self.0);
@@ -218,6 +227,15 @@ impl<A: Wire, B: Wire> Wire for (A, B) {
     }
     fn take(reader: &mut Reader<'_>) -> Result<Self> {
         Ok((A::take(reader)?, B::take(reader)?))
+    }
+}
+
+impl Wire for [u8; 16] {
+    fn put(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(self);
+    }
+    fn take(reader: &mut Reader<'_>) -> Result<Self> {
+        reader.array()
     }
 }
 

@@ -131,7 +131,33 @@ impl Backend for Local {
             }
         };
         let place = Arc::clone(&self.place);
-        Ok(Box::new(Writing { place, key: key.clone(), file, temporary, bytes: 0, bytes_begun: 0, is_torn: false }))
+        Ok(Box::new(Writing {
+            place,
+            key: key.clone(),
+            file,
+            temporary,
+            is_over: false,
+            bytes: 0,
+            bytes_begun: 0,
+            is_torn: false,
+        }))
+    }
+
+    fn create_over(&self, key: &Key) -> Result<Box<dyn Upload>> {
+        self.place.make_folders(folder_of(key))?;
+        let (file, temporary) = Temporary::create(&self.place)?;
+        // Who reads through a file that was opened before would go on with the bad copy.
+        self.forget_cached(key);
+        Ok(Box::new(Writing {
+            place: Arc::clone(&self.place),
+            key: key.clone(),
+            file,
+            temporary: Some(temporary),
+            is_over: true,
+            bytes: 0,
+            bytes_begun: 0,
+            is_torn: false,
+        }))
     }
 
     fn read(&self, key: &Key, offset: u64, out: &mut [u8]) -> Result<()> {
@@ -589,6 +615,8 @@ struct Writing {
     file: OwnedFd,
     /// `None` for a file without a name.
     temporary: Option<Temporary>,
+    /// Whether it takes the place of what is under its key.
+    is_over: bool,
     bytes: u64,
     /// How far writeback was begun.
     bytes_begun: u64,
@@ -656,6 +684,9 @@ impl Upload for Writing {
         place.calls.sync(&self.file).map_err(|cause| failed(key, cause))?;
         let name = || match &self.temporary {
             None => place.link_unnamed(&self.file, key.as_str()),
+            Some(temporary) if self.is_over => {
+                place.calls.rename(&place.top, &temporary.path, key.as_str(), fs::RenameFlags::empty())
+            }
             Some(temporary) => place.rename_temporary(&temporary.path, key.as_str()),
         };
         let mut outcome = name();
@@ -820,8 +851,16 @@ mod tests {
         // As after an append of which only a part found room.
         rustix::io::pwrite(&file, b"abcdef", 0).unwrap();
         let place = Arc::clone(&local.place);
-        let mut writing =
-            Writing { place, key: key.clone(), file, temporary: None, bytes: 0, bytes_begun: 0, is_torn: true };
+        let mut writing = Writing {
+            place,
+            key: key.clone(),
+            file,
+            temporary: None,
+            is_over: false,
+            bytes: 0,
+            bytes_begun: 0,
+            is_torn: true,
+        };
         writing.append(b"xy").unwrap();
         Box::new(writing).finish().unwrap();
         assert_eq!(local.read_all(&key, 100).unwrap(), b"xy");

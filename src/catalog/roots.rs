@@ -1,6 +1,7 @@
 //! Root pages as objects.
 
 use crate::backend::{Backend, Key};
+use crate::catalog::vm::home_folder;
 use crate::error::{Result, corrupt};
 use crate::format::{ObjectKind, envelop, open_envelope};
 use crate::limits::ROOT_PAGE_BYTES_MAX;
@@ -9,7 +10,7 @@ use crate::units::{Incarnation, RootId, Serial};
 
 /// The key of a root page.
 pub fn root_key(vm: &str, id: RootId) -> Key {
-    Key::new(format!("vms/{vm}/snapshots/{id}.snap"))
+    Key::new(format!("{}/snapshots/{id}.snap", home_folder(vm)))
 }
 
 /// The root that a file name stands for.
@@ -42,6 +43,11 @@ pub fn open_root(bytes: &[u8], incarnation: Incarnation, id: RootId) -> Result<R
 /// `NotFound`, `Corrupt`, `Unsupported`, `Unavailable`; all name the object.
 pub fn read_root(backend: &dyn Backend, vm: &str, incarnation: Incarnation, id: RootId) -> Result<RootPage> {
     let key = root_key(vm, id);
-    let bytes = backend.read_all(&key, ROOT_PAGE_BYTES_MAX)?;
-    open_root(&bytes, incarnation, id).map_err(|e| e.within(&key))
+    let mut root = None;
+    let mut verify = |bytes: &[u8]| {
+        root = Some(open_root(bytes, incarnation, id).map_err(|e| e.within(&key))?);
+        Ok(())
+    };
+    backend.read_all_checked(&key, ROOT_PAGE_BYTES_MAX, &mut verify)?;
+    root.ok_or_else(|| corrupt(format!("{key}: was not read")))
 }

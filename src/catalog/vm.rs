@@ -1,7 +1,9 @@
 //! A VM in the catalog: reads its log, and appends to it with create-only puts, which order all writers.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use crate::backend::replicate::Replicated;
 use crate::backend::{Backend, Key};
 use crate::catalog::record::{Attributes, Op, Record, checkpoint_object, open_checkpoint};
 use crate::catalog::state::VmState;
@@ -15,24 +17,43 @@ use crate::units::{Incarnation, ObjectId, PackNumber, RecordNumber};
 /// How often a record is tried again when others append at the same time.
 const APPEND_TRIES: usize = 1000;
 
+/// The home of common packs, where a VM's name is expected: no VM can be called so. It has a log and packs as a VM has.
+pub const COMMON_HOME: &str = "/common";
+
+/// The folder of a VM, or of the common home.
+pub fn home_folder(vm: &str) -> String {
+    match vm {
+        COMMON_HOME => "common".to_owned(),
+        vm => format!("vms/{vm}"),
+    }
+}
+
+/// What a VM or the common home is called in messages.
+pub fn title(vm: &str) -> String {
+    match vm {
+        COMMON_HOME => "common packs".to_owned(),
+        vm => format!("VM {vm:?}"),
+    }
+}
+
 /// The folder of a VM's log.
 pub fn log_prefix(vm: &str) -> Key {
-    Key::new(format!("vms/{vm}/log"))
+    Key::new(format!("{}/log", home_folder(vm)))
 }
 
 /// The key of a log record.
 pub fn record_key(vm: &str, number: RecordNumber) -> Key {
-    Key::new(format!("vms/{vm}/log/{:010}", number.0))
+    Key::new(format!("{}/log/{:010}", home_folder(vm), number.0))
 }
 
 /// The key of a pack object.
 pub fn pack_key(vm: &str, object: ObjectId) -> Key {
-    Key::new(format!("vms/{vm}/packs/{}", object_name(object)))
+    Key::new(format!("{}/packs/{}", home_folder(vm), object_name(object)))
 }
 
 /// The key of a checkpoint: the state after a record.
 pub fn checkpoint_key(vm: &str, number: RecordNumber) -> Key {
-    Key::new(format!("vms/{vm}/log/{:010}.checkpoint", number.0))
+    Key::new(format!("{}/log/{:010}.checkpoint", home_folder(vm), number.0))
 }
 
 /// What a file name in a log stands for.
@@ -70,6 +91,8 @@ pub struct Vm {
     state: RwLock<Known>,
     // One refresh or append of this process at a time; readers of `state` do not wait for it.
     appending: Mutex<()>,
+    // Whose records these are, where copies had to be asked for it.
+    agreed: Mutex<Option<Incarnation>>,
 }
 
 #[derive(Clone)]
@@ -85,7 +108,7 @@ impl Vm {
     /// A VM whose log is not read yet.
     pub fn new(name: &str, backend: Arc<dyn Backend>, clock: Arc<dyn Clock>) -> Self {
         let state = RwLock::new(Known { state: Arc::default(), checkpoint: RecordNumber(0), damage: None });
-        Self { name: name.to_owned(), backend, clock, state, appending: Mutex::new(()) }
+        Self { name: name.to_owned(), backend, clock, state, appending: Mutex::new(()), agreed: Mutex::default() }
     }
 
     /// Its name.
@@ -132,13 +155,16 @@ impl Vm {
                 Err(e) if e.kind() == ErrorKind::NotFound && last.is_none_or(|l| l < 15) => {
                     last = Some(last.unwrap_or(0) + 1);
                     if self.numbers()?.records.is_empty() {
-                        return Err(not_found(format!("VM {:?} is not there", self.name)));
+                        return Err(not_found(format!("{} is not there", title(&self.name))));
                     }
                 }
                 done => return done,
             }
         }
-        Err(Error::new(ErrorKind::Unavailable, format!("vms/{}/log: changes faster than it can be read", self.name)))
+        Err(Error::new(
+            ErrorKind::Unavailable,
+            format!("{}: changes faster than it can be read", log_prefix(&self.name)),
+        ))
     }
 
     fn numbers(&self) -> Result<Numbers> {
@@ -157,23 +183,65 @@ impl Vm {
 
     fn read_record(&self, number: RecordNumber) -> Result<Record> {
         let key = record_key(&self.name, number);
-        let bytes = self.backend.read_all(&key, LOG_RECORD_BYTES_MAX)?;
-        let record = Record::from_object(&bytes).map_err(|e| e.within(&key))?;
-        if record.number == number { Ok(record) } else { Err(corrupt(format!("{key}: is record {}", record.number.0))) }
+        let mut record = None;
+        let agreed = *self.agreed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut verify = |bytes: &[u8]| {
+            let read = open_numbered(&key, bytes, number)?;
+            if agreed.is_some_and(|agreed| agreed != read.incarnation) {
+                return Err(corrupt(format!("{key}: is of another VM")));
+            }
+            record = Some(read);
+            Ok(())
+        };
+        self.backend.read_all_checked(&key, LOG_RECORD_BYTES_MAX, &mut verify)?;
+        record.ok_or_else(|| corrupt(format!("{key}: was not read")))
     }
 
     fn read_checkpoint(&self, number: RecordNumber) -> Result<VmState> {
         let key = checkpoint_key(&self.name, number);
-        let bytes = self.backend.read_all(&key, LOG_RECORD_BYTES_MAX)?;
-        let state = open_checkpoint(&bytes).map_err(|e| e.within(&key))?;
-        if state.number == number { Ok(state) } else { Err(corrupt(format!("{key}: is of record {}", state.number.0))) }
+        let agreed = *self.agreed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = None;
+        let mut verify = |bytes: &[u8]| {
+            let told = open_checkpoint(bytes).map_err(|e| e.within(&key))?;
+            if told.number != number {
+                return Err(corrupt(format!("{key}: is of record {}", told.number.0)));
+            }
+            if agreed.is_some_and(|agreed| agreed != told.incarnation) {
+                return Err(corrupt(format!("{key}: is of another VM")));
+            }
+            state = Some(told);
+            Ok(())
+        };
+        self.backend.read_all_checked(&key, LOG_RECORD_BYTES_MAX, &mut verify)?;
+        state.ok_or_else(|| corrupt(format!("{key}: was not read")))
     }
 
+    /// Reads the log. Where there are copies and what was read does not go together, one of them may be another VM's:
+    /// then what most copies say decides, and the log is read again.
     fn read_log(&self) -> Result<Arc<VmState>> {
+        let outcome = self.read_log_once();
+        let is_damaged = match &outcome {
+            Ok(_) => self.damage().is_some(),
+            Err(e) => e.kind() == ErrorKind::Corrupt,
+        };
+        let was_agreed = self.agreed.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        match self.backend.replicated() {
+            Some(copies) if is_damaged && !was_agreed => {
+                let agreed = incarnation_by_copies(&self.name, copies)?;
+                *self.agreed.lock().unwrap_or_else(PoisonError::into_inner) = agreed;
+                // What was read of another VM must not count for anything.
+                self.know(Arc::default(), Some(RecordNumber(0)), None);
+                self.read_log_once()
+            }
+            _ => outcome,
+        }
+    }
+
+    fn read_log_once(&self) -> Result<Arc<VmState>> {
         let numbers = self.numbers()?;
         let known = self.state();
         let Some(newest) = numbers.records.last().copied() else {
-            return Err(not_found(format!("VM {:?} is not there", self.name)));
+            return Err(not_found(format!("{} is not there", title(&self.name))));
         };
         let checkpoint = numbers.checkpoints.last().copied().unwrap_or_default();
         if newest == known.number && self.damage().is_none() {
@@ -195,7 +263,7 @@ impl Vm {
         }
         let (state, broken) = replay(&base, &records);
         let damage = broken.or(damage).filter(|_| state.number < newest);
-        let damage = damage.map(|e| Arc::new(e.within(format!("VM {:?}: log is damaged", self.name))));
+        let damage = damage.map(|e| Arc::new(e.within(format!("{}: log is damaged", title(&self.name)))));
         let state = Arc::new(state);
         self.know(state.clone(), Some(checkpoint), damage);
         Ok(state)
@@ -234,7 +302,7 @@ impl Vm {
         if numbers.records.first() == Some(&RecordNumber(1)) {
             return Ok((VmState::default(), damage));
         }
-        let missing = format!("vms/{}/log: neither its first record nor a checkpoint is whole", self.name);
+        let missing = format!("{}: neither its first record nor a checkpoint is whole", log_prefix(&self.name));
         Err(match damage {
             Some(e) => e.within(missing),
             None => corrupt(missing),
@@ -265,12 +333,15 @@ impl Vm {
             if ops.is_empty() {
                 return Ok(value);
             }
+            if state.number > RecordNumber(0) {
+                self.settle(state.number)?;
+            }
             if self.put(&state, session, ops)? {
                 self.checkpoint_if_due();
                 return Ok(value);
             }
         }
-        Err(busy(format!("VM {:?}: others write to its log all the time", self.name)))
+        Err(busy(format!("{}: others write to its log all the time", title(&self.name))))
     }
 
     /// Puts a record after `state`; `false` when another one is there already.
@@ -289,11 +360,16 @@ impl Vm {
             Ok(()) => {}
             Err(e) if e.kind() == ErrorKind::Exists => return Ok(false),
             // May or may not be there: only what is there tells.
-            Err(e) if e.kind() == ErrorKind::Unavailable => match self.backend.read_all(&key, LOG_RECORD_BYTES_MAX) {
-                Ok(there) if there == object => {}
-                Ok(_) => return Ok(false),
-                Err(_) => return Err(e),
-            },
+            Err(e) if e.kind() == ErrorKind::Unavailable => {
+                if self.settle(number).is_err() {
+                    return Err(e);
+                }
+                match self.backend.read_all(&key, LOG_RECORD_BYTES_MAX) {
+                    Ok(there) if there == object => {}
+                    Ok(_) => return Ok(false),
+                    Err(_) => return Err(e),
+                }
+            }
             Err(e) => return Err(e),
         }
         if self.is_too_late(&key, number)? {
@@ -301,6 +377,12 @@ impl Vm {
         }
         self.know(Arc::new(next), None, None);
         Ok(true)
+    }
+
+    /// Sees that a record is on enough targets before another one follows it. Free where there is one target.
+    fn settle(&self, number: RecordNumber) -> Result<()> {
+        let key = record_key(&self.name, number);
+        self.backend.settle(&key, &mut |bytes| open_numbered(&key, bytes, number).map(drop))
     }
 
     /// Whether a record that was just put under a free key stands where another stood: who is paused for two
@@ -346,13 +428,13 @@ impl Vm {
         }
         let object = checkpoint_object(&known.state);
         if object.len() as u64 > LOG_RECORD_BYTES_MAX {
-            log::warn!("VM {:?}: its state of {} bytes is too large for a checkpoint", self.name, object.len());
+            log::warn!("{}: its state of {} bytes is too large for a checkpoint", title(&self.name), object.len());
             return;
         }
         match self.backend.put_new(&checkpoint_key(&self.name, number), &object) {
             // Another process wrote the same state: just as good.
             Err(e) if e.kind() != ErrorKind::Exists => {
-                log::debug!("VM {:?}: no checkpoint: {e}", self.name);
+                log::debug!("{}: no checkpoint: {e}", title(&self.name));
                 return;
             }
             _ => {}
@@ -397,7 +479,7 @@ impl Vm {
 
     /// The place of a pack by a state.
     fn place(&self, state: &VmState, pack: PackNumber) -> Result<ObjectPlace> {
-        let entry = state.pack(pack).map_err(|e| e.within(format!("VM {:?}", self.name)))?;
+        let entry = state.pack(pack).map_err(|e| e.within(title(&self.name)))?;
         Ok(ObjectPlace {
             key: pack_key(&self.name, entry.object),
             incarnation: state.incarnation,
@@ -419,12 +501,42 @@ impl Vm {
     }
 }
 
+/// The incarnation that most copies of the log's entries have. Cost: reads all of them.
+///
+/// # Errors
+/// `Unavailable`.
+pub fn incarnation_by_copies(vm: &str, replicated: &Replicated) -> Result<Option<Incarnation>> {
+    let mut votes: BTreeMap<[u8; 16], usize> = BTreeMap::new();
+    for row in replicated.list(&log_prefix(vm))? {
+        let Some(entry) = parse_log_name(&row.name) else { continue };
+        let key = Key::new(format!("{}/{}", log_prefix(vm), row.name));
+        for target in replicated.places(&key).homes {
+            let Ok(bytes) = target.read_all(&key, LOG_RECORD_BYTES_MAX) else { continue };
+            let told = match entry {
+                LogEntry::Record(_) => Record::from_object(&bytes).map(|record| record.incarnation),
+                LogEntry::Checkpoint(_) => open_checkpoint(&bytes).map(|state| state.incarnation),
+            };
+            if let Ok(incarnation) = told {
+                *votes.entry(incarnation.0).or_default() += 1;
+            }
+        }
+    }
+    Ok(votes.into_iter().max_by_key(|(_, count)| *count).map(|(incarnation, _)| Incarnation(incarnation)))
+}
+
+fn open_numbered(key: &Key, bytes: &[u8], number: RecordNumber) -> Result<Record> {
+    let record = Record::from_object(bytes).map_err(|e| e.within(key))?;
+    if record.number == number { Ok(record) } else { Err(corrupt(format!("{key}: is record {}", record.number.0))) }
+}
+
 fn check_session(vm: &str, state: &VmState, session: Option<RecordNumber>) -> Result<()> {
     let Some(begin) = session else { return Ok(()) };
     match &state.session {
         Some(now) if now.begin == begin => Ok(()),
-        Some(now) => Err(busy(format!("VM {vm:?}: another writer took over: process {} on {}", now.process, now.host))),
-        None => Err(busy(format!("VM {vm:?}: the writer's begin record is gone"))),
+        Some(now) => {
+            Err(busy(format!("{}: another writer took over: process {} on {}", title(vm), now.process, now.host)))
+        }
+        None => Err(busy(format!("{}: the writer's begin record is gone", title(vm)))),
     }
 }
 

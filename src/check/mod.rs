@@ -1,7 +1,8 @@
 //! The invariants as a program: reads everything that a store should have, and says what is missing or wrong.
-//! Changes nothing (but for [`rebuild()`]), needs no lock, and runs beside writers and collection.
+//! Changes nothing (but for [`rebuild()`] and, when asked for, [`copies`]), needs no lock, and runs beside writers and collection.
 //!
 //! ```text
+//!   common:   log ── objects, popular index
 //!   each VM:  log ── objects: length, header, index, slot table, frames      (I1, I3, I4)
 //!    holds ────┴──── snapshots: root, group pages, recipes, their slots      (I1, I2, I5)
 //!                     └── which snapshots a damaged object concerns
@@ -9,7 +10,11 @@
 
 pub mod store;
 
+pub mod common;
+
 pub mod vm;
+
+pub mod copies;
 
 pub mod holds;
 

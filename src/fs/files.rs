@@ -288,8 +288,8 @@ impl MountedStore {
             open.readers -= 1;
         }
         let handle = self.keep_handle(OpenHandle::File { file, write: true });
-        let ino = self.nodes.ino(&Self::file_node(&state, &key.0, &entry));
-        Ok((self.file_attributes(&key, ino)?, Opened { handle, direct: true, keep_cache: false }))
+        let attributes = self.told(&Self::file_node(&state, &key.0, &entry))?;
+        Ok((attributes, Opened { handle, direct: true, keep_cache: false }))
     }
 
     /// Reads; returns how many bytes: fewer than asked only at the end of the file.

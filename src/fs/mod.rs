@@ -197,7 +197,18 @@ impl MountedStore {
     /// `NotFound`, `Corrupt`, `Unavailable`.
     pub fn lookup(&self, parent: Ino, name: &str) -> Result<Attributes> {
         let node = self.find(&self.nodes.node(parent)?, name)?;
-        self.attributes_of(&node)
+        self.told(&node)
+    }
+
+    /// Attributes whose inode number the kernel keeps until it calls [`MountedStore::forget_inode`].
+    fn told(&self, node: &Node) -> Result<Attributes> {
+        let attributes = self.attributes_of(node)?;
+        Ok(Attributes { ino: self.nodes.remember(node), ..attributes })
+    }
+
+    /// The kernel has forgotten an inode: so many of the lookups (and creations) that told it of the number.
+    pub fn forget_inode(&self, ino: Ino, lookups: u64) {
+        self.nodes.forget(ino, lookups);
     }
 
     /// The attributes of an inode.
@@ -396,7 +407,7 @@ impl MountedStore {
             }
             _ => return Err(denied("folders are VMs, and disks of VMs; there is no third level")),
         };
-        self.attributes_of(&node)
+        self.told(&node)
     }
 
     /// Removes an empty folder.

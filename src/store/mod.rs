@@ -3,11 +3,13 @@
 //! ```text
 //!   Store ── caches, memory shares, clock
 //!     └── Backend (local folder; wrappers around it in tests)
-//!           vms/<vm>/{log,snapshots,packs}   derived/   config/   snapfs.toml
+//!           vms/<vm>/{log,snapshots,packs}   common/{log,packs,popular}   derived/   config/   snapfs.toml
 //! ```
 
+pub mod common;
 pub mod config;
 pub mod session;
+pub mod targets;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -20,14 +22,17 @@ use crate::catalog::hold::HoldId;
 use crate::catalog::record::Attributes;
 use crate::catalog::roots::{read_root, root_key};
 use crate::catalog::state::{FileEntry, VmState};
-use crate::catalog::vm::Vm;
+use crate::catalog::vm::{COMMON_HOME, Vm, home_folder};
 use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, Result, corrupt, invalid, not_found};
 use crate::image::reader::Image;
 use crate::limits::{MEMORY_BYTES_DEFAULT, MEMORY_BYTES_MIN};
 use crate::name::{Reference, SnapshotName, VmName};
 use crate::pack::reader::{Caches, Packs};
+use crate::popular::current::CurrentIndex;
+use crate::store::common::Homes;
 use crate::store::config::{Settings, StoreConfig};
+use crate::store::targets::NewTargets;
 
 /// How the memory cap is shared out. What is left is for the program, its stacks and the allocator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +43,8 @@ pub struct MemoryShares {
     pub segments: usize,
     /// Maps of the clones that are open.
     pub map_bytes: u64,
+    /// The popular index.
+    pub popular_bytes: usize,
 }
 
 impl MemoryShares {
@@ -52,13 +59,19 @@ impl MemoryShares {
         let spare = cap_bytes - (MEMORY_BYTES_MIN - (32 << 20));
         let cache_bytes = usize::try_from(spare / 3).unwrap_or(usize::MAX);
         let segments = usize::try_from(spare / 3 / (2 << 20)).unwrap_or(usize::MAX).clamp(12, 4096);
-        Ok(Self { cache_bytes, segments, map_bytes: spare / 6 })
+        let popular_bytes = usize::try_from(spare / 5).unwrap_or(usize::MAX);
+        Ok(Self { cache_bytes, segments, map_bytes: spare / 8, popular_bytes })
     }
 }
 
 impl Default for MemoryShares {
     fn default() -> Self {
-        Self::of(MEMORY_BYTES_DEFAULT).unwrap_or(Self { cache_bytes: 48 << 20, segments: 24, map_bytes: 24 << 20 })
+        Self::of(MEMORY_BYTES_DEFAULT).unwrap_or(Self {
+            cache_bytes: 48 << 20,
+            segments: 24,
+            map_bytes: 20 << 20,
+            popular_bytes: 32 << 20,
+        })
     }
 }
 
@@ -71,11 +84,13 @@ pub struct Store {
     shares: MemoryShares,
     config: StoreConfig,
     vms: Mutex<HashMap<String, Arc<Vm>>>,
+    common: Arc<Vm>,
+    popular: Arc<CurrentIndex>,
 }
 
 /// The key of a VM's lock.
 pub fn lock_key(vm: &str) -> Key {
-    Key::new(format!("vms/{vm}/write.lock"))
+    Key::new(format!("{}/write.lock", home_folder(vm)))
 }
 
 impl Store {
@@ -91,6 +106,34 @@ impl Store {
         Ok(())
     }
 
+    /// Makes a store over several targets: folders that are empty or not there yet. `root` has only the configuration.
+    ///
+    /// # Errors
+    /// `Invalid` for numbers that do not fit; as [`Store::init`].
+    pub fn init_with(root: &Path, new: &NewTargets, clock: &dyn Clock) -> Result<()> {
+        let replicas = new.replicas()?;
+        if new.paths.is_empty() {
+            return Self::init(root, clock);
+        }
+        let overlap = |path: &PathBuf| path.starts_with(root) || root.starts_with(path);
+        if let Some(path) = new.paths.iter().find(|path| overlap(path)) {
+            let what = format!("target {} and store {}: one is in the other", path.display(), root.display());
+            return Err(invalid(what));
+        }
+        config::make_folder(root)?;
+        let config = config::new_config(clock)?;
+        let mut record = config::new_record(&config, clock);
+        record.targets = targets::make_targets(&config.store, &new.paths)?;
+        record.replicas = replicas;
+        for path in &new.paths {
+            let target = Local::open(path)?;
+            config::write_first(&target, &config, &record)?;
+            target.keep_reserve();
+        }
+        // Last: its presence makes the store.
+        config::write_first(&Local::open(root)?, &config, &record)
+    }
+
     /// Opens the store in a folder.
     ///
     /// # Errors
@@ -101,8 +144,20 @@ impl Store {
         if !root.is_dir() {
             return Err(not_found(format!("store {}: there is no such folder", root.display())));
         }
-        let backend: Arc<dyn Backend> = Arc::new(Local::open(root).map_err(about)?);
-        Self::with_backend(backend, Some(root.join("derived")), clock, shares).map_err(about)
+        let home: Arc<dyn Backend> = Arc::new(Local::open(root).map_err(about)?);
+        let derived = Some(root.join("derived"));
+        let config = config::read_file(&*home).map_err(about)?;
+        // Damage of the one record that is here may be made up for by the targets.
+        let has_targets = match config::newest_record(&*home, &config) {
+            Ok((_, record)) => !record.targets.is_empty(),
+            Err(e) => targets::are_told(&*home, &config).then_some(true).ok_or(e).map_err(about)?,
+        };
+        if !has_targets {
+            return Self::with_config(home, config, derived, clock, shares).map_err(about);
+        }
+        let root = std::path::absolute(root).map_err(|e| about(Error::io("its path", e)))?;
+        let backend = targets::open_replicated(&root, home, &config, &clock).map_err(about)?;
+        Self::with_config(Arc::new(backend), config, derived, clock, shares).map_err(about)
     }
 
     /// Opens the store that a backend holds; `derived` is where rebuildable data may lie.
@@ -116,8 +171,20 @@ impl Store {
         shares: MemoryShares,
     ) -> Result<Self> {
         let config = config::read(&*backend)?;
+        Self::with_config(backend, config, derived, clock, shares)
+    }
+
+    fn with_config(
+        backend: Arc<dyn Backend>,
+        config: StoreConfig,
+        derived: Option<PathBuf>,
+        clock: Arc<dyn Clock>,
+        shares: MemoryShares,
+    ) -> Result<Self> {
         let caches = Arc::new(Caches::new(shares.cache_bytes));
-        Ok(Self { backend, derived, caches, clock, shares, config, vms: Mutex::default() })
+        let common = Arc::new(Vm::new(COMMON_HOME, backend.clone(), clock.clone()));
+        let popular = Arc::default();
+        Ok(Self { backend, derived, caches, clock, shares, config, vms: Mutex::default(), common, popular })
     }
 
     /// The same store, whose reading and writing is held to so many bytes a second. To be called before anything else.
@@ -125,6 +192,7 @@ impl Store {
     pub fn limited_to(mut self, bytes_per_second: u64) -> Self {
         self.backend = Arc::new(Limited::new(self.backend, self.clock.clone(), bytes_per_second));
         self.vms = Mutex::default();
+        self.common = Arc::new(Vm::new(COMMON_HOME, self.backend.clone(), self.clock.clone()));
         self
     }
 
@@ -229,9 +297,20 @@ impl Store {
         }
     }
 
-    /// The packs of a VM as a reader sees them.
+    /// The packs of a VM as a reader sees them, and the common ones.
     pub fn packs(&self, vm: &Arc<Vm>) -> Arc<Packs> {
-        Arc::new(Packs::new(self.backend.clone(), self.caches.clone(), vm.clone()))
+        let homes = Homes { vm: vm.clone(), common: self.common.clone() };
+        Arc::new(Packs::new(self.backend.clone(), self.caches.clone(), Arc::new(homes)))
+    }
+
+    /// The home of common packs, whether it is there or not. No I/O.
+    pub fn common_home(&self) -> &Arc<Vm> {
+        &self.common
+    }
+
+    /// The popular index that this process has in memory.
+    pub fn popular(&self) -> &Arc<CurrentIndex> {
+        &self.popular
     }
 
     /// The file that a reference means in a state.

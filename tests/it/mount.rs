@@ -351,6 +351,37 @@ fn umount_returns_when_all_is_committed() {
 }
 
 #[test]
+fn what_the_kernel_has_forgotten_is_found_again_under_its_number() {
+    need_mount!("mount::what_the_kernel_has_forgotten_is_found_again_under_its_number");
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: mount::what_the_kernel_has_forgotten_is_found_again_under_its_number: needs root");
+        return;
+    }
+    let place = Place::new();
+    let mount = place.mount(SOON);
+    std::fs::create_dir(place.path("mnt/web01")).unwrap();
+    let bytes = image(2, 9);
+    place.write("mnt/web01/a.part", &bytes);
+    std::fs::rename(place.path("mnt/web01/a.part"), place.path("mnt/web01/a.img")).unwrap();
+    let mut open = File::open(place.path("mnt/web01/a.img")).unwrap();
+    let names: Vec<String> = (0..200).map(|n| format!("mnt/web01/{n}.part")).collect();
+    for name in &names {
+        place.write(name, b"");
+    }
+    let numbers = || names.iter().map(|name| place.path(name).metadata().unwrap().ino()).collect::<Vec<_>>();
+    let before = numbers();
+    for _ in 0..3 {
+        std::fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
+        assert_eq!(numbers(), before);
+    }
+    let mut read = Vec::new();
+    open.read_to_end(&mut read).unwrap();
+    same(&read, &bytes, "a file that was open all the time");
+    drop(open);
+    mount.umount();
+}
+
+#[test]
 fn two_mounts_of_one_store_see_each_other() {
     need_mount!("mount::two_mounts_of_one_store_see_each_other");
     let place = Place::new();

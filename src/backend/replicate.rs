@@ -302,7 +302,11 @@ impl Replicated {
             let arbiter = places.homes.first().map_or("?", Target::name);
             format!("{arbiter}, which decides over it, is not there")
         } else {
-            format!("{there} of its {} targets are there, {} are needed; away: {away}", places.homes.len(), places.quorum)
+            format!(
+                "{there} of its {} targets are there, {} are needed; away: {away}",
+                places.homes.len(),
+                places.quorum
+            )
         };
         Err(Error::new(ErrorKind::Unavailable, format!("{key}: nothing was written: {why}")))
     }

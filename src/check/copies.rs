@@ -312,5 +312,9 @@ fn verify_entry(entry: LogEntry, incarnation: Incarnation, bytes: &[u8]) -> Resu
             ((state.number, state.incarnation), number)
         }
     };
-    if told == (wanted, incarnation) { Ok(()) } else { Err(corrupt(format!("is of record {} or of another VM", told.0.0))) }
+    if told == (wanted, incarnation) {
+        Ok(())
+    } else {
+        Err(corrupt(format!("is of record {} or of another VM", told.0.0)))
+    }
 }

@@ -28,6 +28,7 @@ mod manual;
 mod model;
 mod mount;
 mod mount_helper;
+mod popular;
 mod whole;
 mod world;
 mod xen;

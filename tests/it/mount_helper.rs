@@ -142,7 +142,8 @@ fn an_installation_has_everything_in_its_place() {
         assert_eq!(root("sbin").join(name).metadata().unwrap().mode() & 0o777, 0o755, "{name}");
     }
     assert_eq!(root("usr/local/bin/snapfs").metadata().unwrap().mode() & 0o777, 0o755);
-    for name in ["snapfs@.service", "snapfs-check@.service", "snapfs-check@.timer"] {
+    let elect = ["snapfs-elect@.service", "snapfs-elect@.timer"];
+    for name in ["snapfs@.service", "snapfs-check@.service", "snapfs-check@.timer"].into_iter().chain(elect) {
         assert!(root("usr/local/lib/systemd/system").join(name).is_file(), "{name}");
     }
     assert!(root("usr/local/share/man/man1/snapfs.1").is_file());
@@ -667,8 +668,11 @@ fn units_are_what_systemd_expects() {
         // Where the program is found must be a program, whatever its name is here.
         place.write(&name.replace("@.", "@web01."), text.replace("=snapfs ", "=/bin/true ").as_bytes());
     }
-    assert_eq!(seen, 3);
-    for unit in ["snapfs@web01.service", "snapfs-check@web01.service", "snapfs-check@web01.timer"] {
+    assert_eq!(seen, 5);
+    let elect = ["snapfs-elect@web01.service", "snapfs-elect@web01.timer"];
+    let all =
+        ["snapfs@web01.service", "snapfs-check@web01.service", "snapfs-check@web01.timer"].into_iter().chain(elect);
+    for unit in all {
         let done = place.shell(&format!("SYSTEMD_LOG_LEVEL=warning systemd-analyze verify --man=no ./{unit}"));
         let about: Vec<&str> = done.err.lines().filter(|line| line.contains("snapfs")).collect();
         assert!(about.is_empty(), "{unit}: {about:?}");

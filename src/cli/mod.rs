@@ -22,6 +22,7 @@ pub mod mount;
 pub mod mount_options;
 pub mod mountinfo;
 pub mod output;
+pub mod popular;
 pub mod protect;
 pub mod restore;
 pub mod settings;
@@ -146,6 +147,9 @@ enum Command {
     /// Free the space of forgotten snapshots
     #[command(after_help = gc::EXAMPLES)]
     Gc(gc::Gc),
+    /// Elect the blocks that VMs share, or show what that is worth
+    #[command(after_help = popular::EXAMPLES)]
+    Popular(popular::Popular),
     /// Check the store for damage
     #[command(after_help = check::EXAMPLES)]
     Check(check::Check),
@@ -350,6 +354,7 @@ fn run(args: Vec<OsString>) -> u8 {
         Command::Protect(command) => command.run(true),
         Command::Unprotect(command) => command.run(false),
         Command::Gc(command) => command.run(),
+        Command::Popular(command) => command.run(),
         Command::Check(command) => command.run(),
         Command::Stats(command) => command.run(),
         Command::Attach(command) => command.run(),

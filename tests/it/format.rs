@@ -370,7 +370,7 @@ fn every_op_is_as_written() {
         ("op-deleted", Op::Deleted {}),
         ("op-join", Op::Join { host: "host1".into(), process: 4242 }),
         ("op-bring", Op::Bring { group: VmGroup::default(), packs: vec![brought] }),
-        ("op-publish", Op::Publish { epoch: 1, condemned: SlotSet([SlotId::new(COMMON_PACK, 0).0].into()) }),
+        ("op-publish", Op::Publish { epoch: 1, index: 1, condemned: SlotSet([SlotId::new(COMMON_PACK, 0).0].into()) }),
         ("op-fence", Op::Fence { before: RecordNumber(2) }),
         ("op-group", Op::Group { name: "tenant".into() }),
     ];

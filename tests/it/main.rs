@@ -29,6 +29,7 @@ mod manual;
 mod model;
 mod mount;
 mod mount_helper;
+mod popular;
 mod power;
 mod whole;
 mod world;

@@ -23,6 +23,8 @@ pub mod store;
 
 pub mod image;
 
+pub mod cluster;
+
 pub mod catalog;
 
 pub mod similarity;

@@ -12,6 +12,7 @@ mod backend_suite;
 mod cli;
 mod clone_store;
 mod clones;
+mod cluster;
 mod cost;
 mod crash;
 mod damage;

@@ -24,7 +24,7 @@ use crate::limits::{BLOCK_BYTES, FRAME_SLOTS_MAX, IMAGE_BYTES_MAX, RECIPE_FRAME_
 use crate::name::SnapshotName;
 use crate::pack::Content;
 use crate::pack::frame::{CODEC_RAW, Checksum, FrameRow, RECIPE_PREFIX_BYTES, decompress, join_slots, slot_range};
-use crate::pack::index::{HEADER_BYTES, Identity, PackIndex, TRAILER_BYTES};
+use crate::pack::index::{HEADER_BYTES, Identity, Member, MemberTail, PackIndex, TRAILER_BYTES};
 use crate::popular::index::PopularIndex;
 use crate::recipe::{GroupPage, Recipe, RootPage};
 use crate::store::config::{ConfigRecord, StoreConfig};
@@ -147,13 +147,25 @@ pub fn pack_tail(bytes: &[u8]) {
     let length = parts.iter().fold(bytes.len() as u64, |sum, part| sum.wrapping_add(*part));
     let Ok(index) = PackIndex::decode_tail(bytes, length) else { return };
     assert!(index.object_bytes() == length, "pack: its length is not the sum of its parts");
-    let members: Vec<_> =
-        index.members.iter().map(|m| (m.number, m.frames.clone(), m.page_checksums.clone())).collect();
+    let tail_of = |m: &Member| MemberTail {
+        number: m.number,
+        frames: m.frames.clone(),
+        forwards: m.forwards.clone(),
+        checksums: m.page_checksums.clone(),
+    };
+    let members: Vec<_> = index.members.iter().map(tail_of).collect();
     assert!(PackIndex::encode_tail(&index.identity, &members) == bytes, "pack index: other bytes come back");
     for member in &index.members {
         assert!(member.present().count() == member.slots as usize, "pack index: slots are not counted right");
         for (ordinal, slot) in (0..).zip(member.present()) {
             assert!(member.ordinal_of(slot) == Some(ordinal), "pack index: slot {slot} has another ordinal");
+        }
+        for page in 0..member.pages() {
+            let slots = member.slots_of_page(page);
+            assert!(slots.len() * 32 == member.page_range(page).1, "pack index: page {page} has other slots");
+            for slot in slots {
+                assert!(member.page_of(slot) == Some(page), "pack index: slot {slot} is on another page");
+            }
         }
     }
 }

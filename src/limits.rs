@@ -93,6 +93,10 @@ pub const POPULAR_CHUNK_BUCKETS: usize = 1024;
 /// Packs that a popular index refers to: their number within it has three bytes.
 pub const POPULAR_PACKS_MAX: u32 = 1 << 24;
 
+/// Common slots that are condemned at a time (32 GiB of blocks): at the most 16 MiB of a log record. A collection that
+/// finds more leaves the rest to the next one.
+pub const CONDEMNED_SLOTS_MAX: u64 = 1 << 23;
+
 /// Default cap of resident memory: `--max-memory`.
 pub const MEMORY_BYTES_DEFAULT: u64 = 256 << 20;
 

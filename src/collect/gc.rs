@@ -13,7 +13,7 @@ use crate::backend::Key;
 use crate::catalog::record::{Dead, Op, PackEntry};
 use crate::catalog::roots::{parse_root_name, root_key};
 use crate::catalog::state::VmState;
-use crate::catalog::vm::{Vm, pack_key};
+use crate::catalog::vm::{Vm, home_folder, pack_key, title};
 use crate::collect::compact::{Failure, Source, rewrite};
 use crate::collect::plan::{Plan, Survey, Surveyed, bins, live_of};
 use crate::error::{Error, ErrorKind, Result, busy};
@@ -217,7 +217,7 @@ fn needed(state: &VmState) -> BTreeSet<Dead> {
 
 /// Every object of a VM that is there, by what its name says, with its bytes. Cost: two listings.
 fn objects_there(vm: &Vm) -> Result<BTreeMap<Dead, u64>> {
-    let folder = |name: &str| vm.backend().list(&Key::new(format!("vms/{}/{name}", vm.name())));
+    let folder = |name: &str| vm.backend().list(&Key::new(format!("{}/{name}", home_folder(vm.name()))));
     let packs = folder("packs")?;
     let roots = folder("snapshots")?;
     let packs = packs.iter().filter_map(|r| Some((Dead::Pack { object: parse_object_name(&r.name)? }, r.bytes)));
@@ -311,7 +311,7 @@ impl<'a> Collector<'a> {
         match outcome {
             // What was freed was freed; the next run goes on from there.
             Err(e) if e.kind() == ErrorKind::NoSpace && report.objects_deleted > 0 => {
-                log::warn!("VM {:?}: {e}", report.vm);
+                log::warn!("{}: {e}", title(&report.vm));
                 report.no_space = true;
                 Ok(())
             }
@@ -472,7 +472,7 @@ impl<'a> Collector<'a> {
                 if place.object != survey.held.object {
                     return Err(changed(&self.vm));
                 }
-                sources.push(Source { place, live });
+                sources.push(Source { place, live, forwards: BTreeMap::new() });
             }
             if sources.len() != bin.len() {
                 return Err(changed(&self.vm));
@@ -562,5 +562,5 @@ impl<'a> Collector<'a> {
 }
 
 fn changed(vm: &Vm) -> Error {
-    busy(format!("VM {:?}: another writer changed it during collection", vm.name()))
+    busy(format!("{}: another writer changed it during collection", title(vm.name())))
 }

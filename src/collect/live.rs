@@ -129,16 +129,11 @@ impl Walk<'_> {
 
     /// G5: what the recipes use is live, whatever the bitmap says. What only the bitmap has stays live too.
     fn add_recipes(&self, page: &mut GroupPage, exactness: &mut Exactness) {
-        let mut slots = RoaringTreemap::new();
+        let mut used = GroupPage::default();
         let mut damaged = 0;
         for place in page.recipes.iter().flatten() {
             match read_recipe(self.packs, place) {
-                Ok(recipe) => {
-                    for extent in &recipe.extents {
-                        let first = extent.first_slot.0;
-                        slots.insert_range(first..first + u64::from(extent.blocks));
-                    }
-                }
+                Ok(recipe) => used.add_slots_of(&recipe),
                 Err(e) => {
                     log::warn!("VM {:?}: {e}", self.vm.name());
                     damaged += 1;
@@ -146,11 +141,12 @@ impl Walk<'_> {
             }
         }
         exactness.recipes_damaged += damaged;
-        if damaged == 0 && slots != page.slots {
+        if damaged == 0 && (&used.slots, &used.common) != (&page.slots, &page.common) {
             log::warn!("VM {:?}: the bitmap of a group page is not what its recipes use", self.vm.name());
             exactness.bitmaps_wrong += 1;
         }
-        page.slots |= slots;
+        page.slots |= used.slots;
+        page.common |= used.common;
     }
 }
 

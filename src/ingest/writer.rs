@@ -274,7 +274,6 @@ impl Writer {
 
     /// W5, W6: gathers what the segment is compared with, and plans; again with further pages while runs go on.
     fn plan(&self, parent: Option<&Recipe>, prints: &[Option<Fingerprint>]) -> Plan {
-        let packs = self.session.packs();
         let mut held = Held::default();
         let mut same_place = vec![None; SEGMENT_BLOCKS];
         for extent in parent.iter().flat_map(|r| &r.extents) {
@@ -282,8 +281,7 @@ impl Writer {
             for block in extent.first_block..extent.end_block() {
                 let Some(slot) = extent.first_slot.plus(u32::from(block - extent.first_block)) else { break };
                 if page.as_ref().is_none_or(|p| p.fingerprint_of(slot.slot()).is_none()) {
-                    // A hint that cannot be read is no hint.
-                    page = packs.page_of(slot).ok().flatten();
+                    page = self.session.page_of(slot);
                     if let Some(page) = &page {
                         held.add(page.clone());
                     }
@@ -328,9 +326,8 @@ impl Writer {
             if held.len() >= pages_max {
                 break;
             }
-            if !self.session.is_absent(slot.pack())
-                && !held.has(*slot)
-                && let Ok(Some(page)) = self.session.packs().page_of(*slot)
+            if !held.has(*slot)
+                && let Some(page) = self.session.page_of(*slot)
             {
                 held.add(page);
             }
@@ -347,7 +344,7 @@ impl Writer {
             }
             for slot in self.session.popular_hints(print) {
                 // A hint that its page does not confirm is chance, or another epoch's.
-                if let Ok(Some(page)) = self.session.packs().page_of(slot)
+                if let Some(page) = self.session.page_of(slot)
                     && page.fingerprint_of(slot.slot()) == Some(*print)
                 {
                     held.add(page);

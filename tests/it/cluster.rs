@@ -312,7 +312,7 @@ struct World {
 }
 
 /// Addresses that nobody else has: a loopback address for each process and call, so that no port is taken.
-fn addresses(count: usize) -> Vec<String> {
+pub fn addresses(count: usize) -> Vec<String> {
     static CALLS: AtomicU32 = AtomicU32::new(1);
     let (process, call) = (std::process::id(), CALLS.fetch_add(1, Ordering::SeqCst));
     let ip = format!("127.{}.{}.{}", 1 + process / 256 % 250, process % 256, call);

@@ -9,6 +9,7 @@
 
 mod attach;
 mod backend_suite;
+mod batch;
 mod cli;
 mod clone_store;
 mod clones;

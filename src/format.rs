@@ -36,12 +36,25 @@ pub enum ObjectKind {
     Hold = 6,
     /// A popular index.
     Popular = 7,
+    /// The description of a job that several hosts work on.
+    Job = 8,
+    /// What a job found out about one partition.
+    Partition = 9,
 }
 
 impl ObjectKind {
     /// Every kind that there is in this version.
-    pub const ALL: [Self; 7] =
-        [Self::Record, Self::Root, Self::Pack, Self::Config, Self::Checkpoint, Self::Hold, Self::Popular];
+    pub const ALL: [Self; 9] = [
+        Self::Record,
+        Self::Root,
+        Self::Pack,
+        Self::Config,
+        Self::Checkpoint,
+        Self::Hold,
+        Self::Popular,
+        Self::Job,
+        Self::Partition,
+    ];
 }
 
 /// The 16 bytes that magic, kind, version and features take at the start of every object.

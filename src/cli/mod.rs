@@ -2,6 +2,7 @@
 
 pub mod attach;
 pub mod backup;
+pub mod batch;
 pub mod check;
 pub mod clone;
 pub mod clone_place;
@@ -123,6 +124,9 @@ enum Command {
     /// Back up a file, a block device or standard input as a new snapshot
     #[command(after_help = backup::EXAMPLES)]
     Backup(backup::Backup),
+    /// Back up many images at once, on one or several hosts, each distinct block once
+    #[command(after_help = batch::EXAMPLES)]
+    Batch(batch::Batch),
     /// Restore a snapshot to a file, a block device or standard output
     #[command(after_help = restore::EXAMPLES)]
     Restore(restore::Restore),
@@ -346,6 +350,7 @@ fn run(args: Vec<OsString>) -> u8 {
         Command::Mount(command) => command.run(),
         Command::Umount(command) => command.run(),
         Command::Backup(command) => command.run(),
+        Command::Batch(command) => command.run(),
         Command::Restore(command) => command.run(),
         Command::List(command) => command.run(),
         Command::Show(command) => command.run(),

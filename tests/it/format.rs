@@ -21,8 +21,9 @@ use snapfs::clones::blocks::Blocks;
 use snapfs::clones::description::Description;
 use snapfs::clones::file::OsFile;
 use snapfs::clones::map::{CloneId, End, Entry, Header, Mask, load};
+use snapfs::cluster::job::{Job, ResultWriter};
 use snapfs::error::{Error, ErrorKind};
-use snapfs::fingerprint::{digest, fingerprint, short};
+use snapfs::fingerprint::{Fingerprint, digest, fingerprint, short};
 use snapfs::format::{ENVELOPE_BYTES, ObjectKind, VERSION, envelop, open_envelope};
 use snapfs::limits;
 use snapfs::name::VmName;
@@ -501,6 +502,21 @@ fn a_popular_index_is_as_written() {
     same("popular-index", &bytes);
     assert_eq!(PopularIndex::decode(&bytes).unwrap().encode(), bytes);
     assert_eq!(index_key(Epoch(1)).as_str(), "common/popular/0000000001.popular");
+}
+
+#[test]
+fn job_objects_are_as_written() {
+    let id = Job::id_of(&[b"example", b"1"]);
+    let job = Job { id, key: Fingerprint([7; 32]), partitions: 2, body: b"body".to_vec() };
+    same("job", &job.to_object());
+    assert_eq!(Job::from_object(&block("job")).unwrap(), job);
+    assert_eq!(Job::key_of(id).as_str(), "derived/jobs/f1165823df3aa10847fcce05d101eeb9/job");
+    let memory = Memory::default();
+    let mut writer = ResultWriter::create(&memory, &job, 1, 5).unwrap();
+    writer.add(b"hello").unwrap();
+    writer.finish().unwrap();
+    same("partition-result", &memory.read_all(&job.partition_key(1), 1 << 20).unwrap());
+    assert_eq!(job.partition_key(1).as_str(), "derived/jobs/f1165823df3aa10847fcce05d101eeb9/00001.partition");
 }
 
 /// Rows of the tables whose first cell is a name in backquotes and whose second is a number.

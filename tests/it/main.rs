@@ -9,9 +9,11 @@
 
 mod attach;
 mod backend_suite;
+mod batch;
 mod cli;
 mod clone_store;
 mod clones;
+mod cluster;
 mod cost;
 mod crash;
 mod damage;

@@ -14,7 +14,9 @@ use crate::cli::mount_options::MountOptions;
 use crate::clones::description::Description;
 use crate::clones::file::LocalFile;
 use crate::clones::map::{ENTRY_BYTES, Entry as MapEntry, Header, load};
+use crate::cluster::job::{Job, decode_result};
 use crate::error::{Result, corrupt, unsupported};
+use crate::fingerprint::Fingerprint;
 use crate::format::{ObjectKind, envelop, open_envelope};
 use crate::ingest::change_map::ChangeMap;
 use crate::ingest::partition::{FIRST_BYTES, grid_phase};
@@ -22,7 +24,7 @@ use crate::limits::{BLOCK_BYTES, FRAME_SLOTS_MAX, IMAGE_BYTES_MAX, RECIPE_FRAME_
 use crate::name::SnapshotName;
 use crate::pack::Content;
 use crate::pack::frame::{CODEC_RAW, Checksum, FrameRow, RECIPE_PREFIX_BYTES, decompress, join_slots, slot_range};
-use crate::pack::index::{HEADER_BYTES, Identity, PackIndex, TRAILER_BYTES};
+use crate::pack::index::{HEADER_BYTES, Identity, Member, MemberTail, PackIndex, TRAILER_BYTES};
 use crate::popular::index::PopularIndex;
 use crate::recipe::{GroupPage, Recipe, RootPage};
 use crate::store::config::{ConfigRecord, StoreConfig};
@@ -43,6 +45,8 @@ pub const ALL: &[(&str, Entry)] = &[
     ("pack_tail", pack_tail),
     ("frame", frame),
     ("popular_index", popular_index),
+    ("job", job),
+    ("partition_result", partition_result),
     ("config_text", config_text),
     ("change_map", change_map),
     ("partition_table", partition_table),
@@ -143,13 +147,25 @@ pub fn pack_tail(bytes: &[u8]) {
     let length = parts.iter().fold(bytes.len() as u64, |sum, part| sum.wrapping_add(*part));
     let Ok(index) = PackIndex::decode_tail(bytes, length) else { return };
     assert!(index.object_bytes() == length, "pack: its length is not the sum of its parts");
-    let members: Vec<_> =
-        index.members.iter().map(|m| (m.number, m.frames.clone(), m.page_checksums.clone())).collect();
+    let tail_of = |m: &Member| MemberTail {
+        number: m.number,
+        frames: m.frames.clone(),
+        forwards: m.forwards.clone(),
+        checksums: m.page_checksums.clone(),
+    };
+    let members: Vec<_> = index.members.iter().map(tail_of).collect();
     assert!(PackIndex::encode_tail(&index.identity, &members) == bytes, "pack index: other bytes come back");
     for member in &index.members {
         assert!(member.present().count() == member.slots as usize, "pack index: slots are not counted right");
         for (ordinal, slot) in (0..).zip(member.present()) {
             assert!(member.ordinal_of(slot) == Some(ordinal), "pack index: slot {slot} has another ordinal");
+        }
+        for page in 0..member.pages() {
+            let slots = member.slots_of_page(page);
+            assert!(slots.len() * 32 == member.page_range(page).1, "pack index: page {page} has other slots");
+            for slot in slots {
+                assert!(member.page_of(slot) == Some(page), "pack index: slot {slot} is on another page");
+            }
         }
     }
 }
@@ -203,6 +219,36 @@ pub fn popular_index(bytes: &[u8]) {
         assert!(index.slots().all(|slot| slot.pack().is_common()), "popular index: a slot of a VM");
         let again = index.retain(|_| true).and_then(|builder| builder.encode(index.identity()));
         assert!(again.is_ok_and(|again| again == bytes), "popular index: other bytes are built");
+    }
+}
+
+/// The description of a job.
+pub fn job(bytes: &[u8]) {
+    if let Ok(job) = Job::from_object(bytes) {
+        assert!(job.to_object() == bytes, "job: other bytes come back");
+    }
+}
+
+/// What a job found out about a partition: the job is the one that the bytes name.
+pub fn partition_result(bytes: &[u8]) {
+    let part = |from: usize| bytes.get(from..).and_then(|rest| rest.first_chunk::<4>()).copied().unwrap_or_default();
+    let id = bytes.get(16..).and_then(|rest| rest.first_chunk()).copied().unwrap_or_default();
+    let row_bytes = u32::from_le_bytes(part(52)).clamp(1, 1024) as usize;
+    let mut rest = bytes;
+    let mut feed = |out: &mut [u8]| {
+        let (now, later) = rest.split_at_checked(out.len()).ok_or_else(|| corrupt("ends early"))?;
+        out.copy_from_slice(now);
+        rest = later;
+        Ok(())
+    };
+    let mut rows = 0;
+    let mut take = |row: &[u8]| {
+        rows += row.len();
+        Ok(())
+    };
+    let partition = u32::from_le_bytes(part(48));
+    if decode_result(&mut feed, Fingerprint(id), partition, row_bytes, &mut take).is_ok() {
+        assert!(rows <= bytes.len(), "partition result: more rows than bytes");
     }
 }
 

@@ -93,6 +93,10 @@ pub const POPULAR_CHUNK_BUCKETS: usize = 1024;
 /// Packs that a popular index refers to: their number within it has three bytes.
 pub const POPULAR_PACKS_MAX: u32 = 1 << 24;
 
+/// Common slots that are condemned at a time (32 GiB of blocks): at the most 16 MiB of a log record. A collection that
+/// finds more leaves the rest to the next one.
+pub const CONDEMNED_SLOTS_MAX: u64 = 1 << 23;
+
 /// Default cap of resident memory: `--max-memory`.
 pub const MEMORY_BYTES_DEFAULT: u64 = 256 << 20;
 
@@ -102,8 +106,71 @@ pub const MEMORY_BYTES_MIN: u64 = 128 << 20;
 /// Segments that one ingest works on at a time (8 MiB): enough to keep two cores busy, twice in memory.
 pub const BATCH_SEGMENTS: usize = 4;
 
+/// Hosts of a job: each has a connection to each, with about 3 MiB of buffers at both ends.
+pub const HOSTS_MAX: usize = 256;
+
+/// Threads of a host that work on a job: each adds a worker to the dataflow of all hosts.
+pub const JOB_THREADS_MAX: usize = 16;
+
+/// How long a job waits for a host to come up: people start them one after another.
+pub const HOST_START_SECONDS: u64 = 120;
+
+/// A host that gave no sign of life for so long is stuck. It gives one each second, whatever it works on.
+pub const HOST_SILENCE_SECONDS: u64 = 30;
+
+/// Pause between two tries to reach a host that is not up yet.
+pub const HOST_RETRY_MS: u64 = 50;
+
+/// Memory of a job on one host: sort buffer, pages of the spill file, chunks on their way.
+pub const JOB_MEMORY_BYTES: u64 = 32 << 20;
+
+/// The least memory for a job: below, its buffers are too small to work.
+pub const JOB_MEMORY_BYTES_MIN: u64 = 1 << 20;
+
+/// Images of a batch: each has some files open on its host.
+pub const BATCH_LINES_MAX: usize = 1 << 16;
+
+/// Rounds of a batch: more would only be overhead.
+pub const BATCH_ROUNDS_MAX: usize = 256;
+
+/// Rows of one partition that a job aims at (5.5 MiB): they are sorted in memory with room to spare.
+pub const PARTITION_ROWS: u64 = 1 << 17;
+
+/// Partitions of a job: their pages in memory are 4 KiB at the least, divided among all workers.
+pub const PARTITIONS_MAX: u32 = 1 << 14;
+
+/// Bytes of rows that are sent at a time, at the most: large enough that a message costs little.
+pub const CHUNK_BYTES_MAX: usize = 64 << 10;
+
+/// The least bytes of rows that are sent at a time.
+pub const CHUNK_BYTES_MIN: usize = 4 << 10;
+
+/// Chunks of one worker that are on their way at a time: what bounds the memory of those that receive them.
+pub const CHUNKS_IN_FLIGHT: u64 = 4;
+
+/// A page of a spill file, at the most: a partition that is read back costs so few seeks.
+pub const SPILL_PAGE_BYTES_MAX: usize = 256 << 10;
+
+/// The least bytes of a page of a spill file.
+pub const SPILL_PAGE_BYTES_MIN: usize = 4 << 10;
+
+/// A frame between two hosts has at most 1 MiB: it is checked as a whole before anything of it is used.
+pub const LINK_FRAME_BYTES_MAX: usize = 1 << 20;
+
+/// A message of the dataflow has at most 16 MiB; a chunk has 64 KiB, messages of progress far less.
+pub const LINK_MESSAGE_BYTES_MAX: u64 = 16 << 20;
+
+/// The description of a job has at most 64 MiB: it is read whole by every host.
+pub const JOB_BYTES_MAX: u64 = 64 << 20;
+
+/// Bytes of a row of a partition's result, at the most.
+pub const RESULT_ROW_BYTES_MAX: usize = 1 << 10;
+
 /// Bytes kept aside so that forget and collect work on a full disk.
 pub const RESERVE_BYTES: u64 = 4 << 20;
+
+/// The least rate that collection can be held to: at 64 KiB a second a pack takes half an hour, under its VM's lock.
+pub const GC_RATE_BYTES_MIN: u64 = 64 << 10;
 
 /// Targets of a store: what one machine mounts, and few enough to ask all of them.
 pub const TARGETS_MAX: usize = 256;
@@ -117,9 +184,6 @@ pub const TARGET_CALLS_MAX: usize = 32;
 
 /// Copies remembered as bad: those that are noticed before anybody repairs them.
 pub const BAD_COPIES_MAX: usize = 4096;
-
-/// The least rate that collection can be held to: at 64 KiB a second a pack takes half an hour, under its VM's lock.
-pub const GC_RATE_BYTES_MIN: u64 = 64 << 10;
 
 const _: () = assert!(SEGMENT_BYTES == 2 << 20, "docs/FORMAT.md: a segment is 2 MiB");
 const _: () = assert!(GROUP_BYTES == 1 << 30, "docs/FORMAT.md: a group is 1 GiB");

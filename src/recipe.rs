@@ -10,7 +10,7 @@ use roaring::RoaringTreemap;
 use crate::clock::Timestamp;
 use crate::error::{Result, corrupt};
 use crate::fingerprint::Fingerprint;
-use crate::limits::{GROUP_SEGMENTS, IMAGE_BYTES_MAX, PACK_SLOTS_MAX, SEGMENT_BLOCKS};
+use crate::limits::{CONDEMNED_SLOTS_MAX, GROUP_SEGMENTS, IMAGE_BYTES_MAX, PACK_SLOTS_MAX, SEGMENT_BLOCKS};
 use crate::units::{FileId, Generation, Grid, Incarnation, PackNumber, RootId, Serial, SlotId};
 use crate::wire::{Reader, Wire, decode, encode, wire_struct};
 
@@ -188,6 +188,14 @@ impl GroupPage {
         self.recipes.get(usize::from(in_group)).copied().flatten()
     }
 
+    /// Adds what a recipe uses: to the slots of the VM, or to those of common packs.
+    pub fn add_slots_of(&mut self, recipe: &Recipe) {
+        for extent in &recipe.extents {
+            let bitmap = if extent.first_slot.pack().is_common() { &mut self.common } else { &mut self.slots };
+            bitmap.insert_range(extent.first_slot.0..extent.first_slot.0 + u64::from(extent.blocks));
+        }
+    }
+
     /// Stored form: kind, table of packs with generation, one 22-byte row per segment with data, bitmaps.
     pub fn encode(&self) -> Vec<u8> {
         let mut packs: Vec<(PackNumber, Generation)> =
@@ -253,8 +261,9 @@ impl GroupPage {
             }
         }
         let data_blocks = u32::take(&mut reader)?;
-        let slots = take_bitmap(&mut reader)?;
-        let common = take_bitmap(&mut reader)?;
+        let blocks = (GROUP_SEGMENTS * SEGMENT_BLOCKS) as u64;
+        let slots = take_bitmap(&mut reader, blocks)?;
+        let common = take_bitmap(&mut reader, blocks)?;
         reader.end()?;
         if used.contains(&false) || data_blocks as usize > GROUP_SEGMENTS * SEGMENT_BLOCKS {
             return Err(corrupt("group page: not in its shortest form"));
@@ -281,18 +290,34 @@ fn put_bitmap(bitmap: &RoaringTreemap, out: &mut Vec<u8>) {
     }
 }
 
-fn take_bitmap(reader: &mut Reader<'_>) -> Result<RoaringTreemap> {
+fn take_bitmap(reader: &mut Reader<'_>, slots_max: u64) -> Result<RoaringTreemap> {
     let count = u32::take(reader)? as usize;
     let bytes = reader.bytes(count)?;
     let bitmap =
-        RoaringTreemap::deserialize_from(Cursor::new(bytes)).map_err(|e| corrupt("group page: bitmap").because(e))?;
+        RoaringTreemap::deserialize_from(Cursor::new(bytes)).map_err(|e| corrupt("bitmap of slots").because(e))?;
     // Also keeps the memory in bounds that a few bytes of runs would take below.
-    if bitmap.len() > (GROUP_SEGMENTS * SEGMENT_BLOCKS) as u64 {
-        return Err(corrupt(format!("group page: more slots than blocks, slots={}", bitmap.len())));
+    if bitmap.len() > slots_max {
+        return Err(corrupt(format!("bitmap of too many slots, slots={}", bitmap.len())));
     }
     let mut again = Vec::with_capacity(count);
     put_bitmap(&bitmap, &mut again);
-    if again.get(4..) == Some(bytes) { Ok(bitmap) } else { Err(corrupt("group page: bitmap in another form")) }
+    if again.get(4..) == Some(bytes) { Ok(bitmap) } else { Err(corrupt("bitmap of slots in another form")) }
+}
+
+/// A set of slots as a field of a record.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct SlotSet(pub RoaringTreemap);
+
+impl Eq for SlotSet {}
+
+impl Wire for SlotSet {
+    fn put(&self, out: &mut Vec<u8>) {
+        put_bitmap(&self.0, out);
+    }
+
+    fn take(reader: &mut Reader<'_>) -> Result<Self> {
+        take_bitmap(reader, CONDEMNED_SLOTS_MAX).map(Self)
+    }
 }
 
 /// Where a group page is.

@@ -33,6 +33,9 @@ impl RecordNumber {
     }
 }
 
+/// The highest bit of a serial: set in the numbers of common packs.
+const COMMON_BIT: u64 = 1 << 47;
+
 /// A number that is never used twice within a VM: the begin record that allotted it, and a count from there.
 /// Packs, roots and files are numbered so; a writer that was taken over can only touch its own numbers.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
@@ -44,9 +47,14 @@ impl Serial {
         Self((u64::from(begin.0) << 16) | u64::from(index))
     }
 
-    /// The begin record that allotted it.
+    /// The `index`-th serial of the writer of common packs that began with record `begin` of the common home.
+    pub fn common(begin: RecordNumber, index: u16) -> Self {
+        Self(COMMON_BIT | Self::new(begin, index).0)
+    }
+
+    /// The begin record that allotted it, in the log of its home.
     pub fn begin(self) -> RecordNumber {
-        RecordNumber(u32::try_from(self.0 >> 16).unwrap_or(u32::MAX))
+        RecordNumber(u32::try_from((self.0 & !COMMON_BIT) >> 16).unwrap_or(u32::MAX))
     }
 
     /// Whether it fits the 48 bits that a serial has.
@@ -57,7 +65,7 @@ impl Serial {
     /// Whether it numbers a common pack, which VMs share: these have the top bit, which no begin record of a VM
     /// reaches.
     pub fn is_common(self) -> bool {
-        self.0 >> 47 == 1
+        self.0 & COMMON_BIT != 0
     }
 }
 

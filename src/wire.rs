@@ -5,7 +5,7 @@
 
 use crate::clock::Timestamp;
 use crate::error::{Result, corrupt};
-use crate::units::{Generation, Incarnation, ObjectId, RecordNumber, Serial};
+use crate::units::{Generation, Incarnation, ObjectId, RecordNumber, Serial, SlotId};
 
 /// Elements of a list take at most this many times the bytes of their stored form, but for short lists.
 const EXPANSION_MAX: usize = 16;
@@ -129,6 +129,15 @@ impl Wire for Serial {
     fn take(reader: &mut Reader<'_>) -> Result<Self> {
         let serial = Self(u64::take(reader)?);
         if serial.is_valid() { Ok(serial) } else { Err(corrupt(format!("serial over 48 bits, serial={serial}"))) }
+    }
+}
+
+impl Wire for SlotId {
+    fn put(&self, out: &mut Vec<u8>) {
+        self.0.put(out);
+    }
+    fn take(reader: &mut Reader<'_>) -> Result<Self> {
+        Ok(Self(u64::take(reader)?))
     }
 }
 

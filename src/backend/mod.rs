@@ -3,6 +3,7 @@
 //! Objects are write-once: they are put under a key that must be free, read in ranges, listed and deleted.
 //! The conformance suite in `tests/it/backend_suite.rs` runs against every implementation and every wrapper.
 
+pub mod calls;
 pub mod limit;
 pub mod local;
 pub mod placement;

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use crate::backend::Key;
-use crate::catalog::vm::{Vm, fill_random};
+use crate::catalog::vm::{Vm, fill_random, home_folder};
 use crate::clock::Timestamp;
 use crate::error::{Error, ErrorKind, Result, corrupt, invalid};
 use crate::format::{ObjectKind, envelop, open_envelope};
@@ -87,12 +87,12 @@ fn check_owner(owner: &str) -> Result<()> {
 
 /// The folder of a VM's holds.
 pub fn holds_prefix(vm: &str) -> Key {
-    Key::new(format!("vms/{vm}/holds"))
+    Key::new(format!("{}/holds", home_folder(vm)))
 }
 
 /// The key of a hold.
 pub fn hold_key(vm: &str, id: HoldId) -> Key {
-    Key::new(format!("vms/{vm}/holds/{id}"))
+    Key::new(format!("{}/holds/{id}", home_folder(vm)))
 }
 
 impl Vm {

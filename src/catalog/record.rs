@@ -5,7 +5,8 @@ use crate::clock::Timestamp;
 use crate::error::{Error, Result};
 use crate::format::{ObjectKind, envelop, open_envelope};
 use crate::pack::Content;
-use crate::units::{FileId, Incarnation, ObjectId, PackNumber, RecordNumber, RootId};
+use crate::recipe::SlotSet;
+use crate::units::{FileId, Incarnation, ObjectId, PackNumber, RecordNumber, RootId, VmGroup};
 use crate::wire::{decode, encode, wire_enum, wire_struct};
 
 wire_struct! {
@@ -141,6 +142,16 @@ wire_enum! {
         13 => Drop { packs: Vec<PackNumber>, roots: Vec<RootId> },
         /// Everything that might have been deleted before this record has been.
         14 => Deleted {},
+        /// A writer adds common packs, beside others who do: its serials derive from this record. Fences nobody.
+        15 => Join { host: String, process: u32 },
+        /// Common packs of one VM group that a writer added.
+        16 => Bring { group: VmGroup, packs: Vec<PackEntry> },
+        /// A new epoch of the popular set: that of the index, and common slots that nothing new may refer to.
+        17 => Publish { epoch: u64, index: u64, condemned: SlotSet },
+        /// Packs of writers that joined before this record are not brought any more.
+        18 => Fence { before: RecordNumber },
+        /// The VM belongs to this VM group from now on; an empty name: to that of all VMs without one.
+        19 => Group { name: String },
     }
 }
 

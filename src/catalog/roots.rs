@@ -1,6 +1,7 @@
 //! Root pages as objects.
 
 use crate::backend::{Backend, Key};
+use crate::catalog::vm::home_folder;
 use crate::error::{Result, corrupt};
 use crate::format::{ObjectKind, envelop, open_envelope};
 use crate::limits::ROOT_PAGE_BYTES_MAX;
@@ -9,7 +10,7 @@ use crate::units::{Incarnation, RootId, Serial};
 
 /// The key of a root page.
 pub fn root_key(vm: &str, id: RootId) -> Key {
-    Key::new(format!("vms/{vm}/snapshots/{id}.snap"))
+    Key::new(format!("{}/snapshots/{id}.snap", home_folder(vm)))
 }
 
 /// The root that a file name stands for.

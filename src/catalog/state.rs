@@ -6,8 +6,9 @@ use crate::catalog::record::{Attributes, Changes, Commit, Dead, Op, PackEntry, R
 use crate::clock::Timestamp;
 use crate::error::{Error, ErrorKind, Result, corrupt, not_found};
 use crate::limits::FILES_PER_VM_MAX;
-use crate::name::{DiskName, FileName};
-use crate::units::{FileId, Incarnation, ObjectId, PackNumber, RecordNumber, RootId};
+use crate::name::{DiskName, FileName, VmName};
+use crate::recipe::SlotSet;
+use crate::units::{FileId, Incarnation, ObjectId, PackNumber, RecordNumber, RootId, VmGroup};
 use crate::wire::{Reader, Wire, wire_struct};
 
 wire_struct! {
@@ -65,6 +66,35 @@ wire_struct! {
         pub host: String,
         /// Process number on that host.
         pub process: u32,
+        /// Epoch of the popular set that it knew: it may match common slots that were condemned later.
+        pub common_epoch: u64,
+    }
+}
+
+wire_struct! {
+    /// What the log of the common home says beside its packs.
+    #[derive(Default)]
+    pub struct Popular {
+        /// The newest epoch; 0 before the first.
+        pub epoch: u64,
+        /// The epoch whose popular index counts; 0 for none.
+        pub index: u64,
+        /// The record that published the newest epoch.
+        pub published: RecordNumber,
+        /// Slots that nothing new may refer to, from that epoch on.
+        pub condemned: SlotSet,
+        /// Packs of writers that joined before this record are not brought any more.
+        pub fence: RecordNumber,
+        /// VM groups of the packs whose group is not that of all VMs without one, by pack.
+        pub groups: Vec<(PackNumber, VmGroup)>,
+    }
+}
+
+impl Popular {
+    /// Whose blocks a pack holds.
+    pub fn group_of(&self, pack: PackNumber) -> VmGroup {
+        let at = self.groups.binary_search_by_key(&pack, |(number, _)| *number);
+        at.ok().and_then(|at| self.groups.get(at)).map(|(_, group)| *group).unwrap_or_default()
     }
 }
 
@@ -89,6 +119,10 @@ pub struct VmState {
     pub condemned: BTreeMap<RootId, Timestamp>,
     /// Objects that may be deleted, and may have been already.
     pub dropping: Vec<Dead>,
+    /// Name of the VM group; empty for that of all VMs without one.
+    pub group: String,
+    /// Of the common home only.
+    pub popular: Popular,
     names: BTreeMap<(Option<String>, String), FileId>,
 }
 
@@ -180,9 +214,14 @@ impl VmState {
                 self.disks.clear();
                 self.attributes = None;
             }
-            Op::Begin { holder, host, process, .. } => {
-                self.session =
-                    Some(Session { begin: record.number, holder: *holder, host: host.clone(), process: *process });
+            Op::Begin { holder, host, process, common_epoch } => {
+                self.session = Some(Session {
+                    begin: record.number,
+                    holder: *holder,
+                    host: host.clone(),
+                    process: *process,
+                    common_epoch: *common_epoch,
+                });
             }
             Op::MakeDisk { name, attributes } => {
                 DiskName::new(name).map_err(illegal)?;
@@ -226,6 +265,7 @@ impl VmState {
             }
             Op::Drop { packs, roots } => {
                 let mut left = BTreeSet::new();
+                self.popular.groups.retain(|(number, _)| !packs.contains(number));
                 for number in packs {
                     let Some(entry) = self.packs.remove(number) else {
                         return Err(corrupt(format!("drops pack {number} that is not there")));
@@ -243,6 +283,43 @@ impl VmState {
                 }
             }
             Op::Deleted {} => self.dropping.clear(),
+            Op::Join { .. } => {}
+            Op::Bring { group, packs } => self.bring(*group, packs)?,
+            Op::Publish { epoch, index, condemned } => {
+                if *epoch <= self.popular.epoch || index > epoch {
+                    return Err(corrupt(format!("publishes epoch {epoch} after {}", self.popular.epoch)));
+                }
+                self.popular.epoch = *epoch;
+                self.popular.index = *index;
+                self.popular.published = record.number;
+                self.popular.condemned.clone_from(condemned);
+            }
+            Op::Fence { before } => {
+                self.popular.fence = self.popular.fence.max(*before);
+            }
+            Op::Group { name } => {
+                if !name.is_empty() {
+                    VmName::new(name).map_err(illegal)?;
+                }
+                self.group.clone_from(name);
+            }
+        }
+        Ok(())
+    }
+
+    fn bring(&mut self, group: VmGroup, packs: &[PackEntry]) -> Result<()> {
+        for pack in packs {
+            if !pack.number.is_common() || pack.number.begin() < self.popular.fence {
+                return Err(corrupt(format!("brings pack {} of a VM, or of a writer that was fenced", pack.number)));
+            }
+            if self.packs.insert(pack.number, *pack).is_some() {
+                return Err(corrupt(format!("brings pack {} a second time", pack.number)));
+            }
+            if group != VmGroup::default()
+                && let Err(at) = self.popular.groups.binary_search_by_key(&pack.number, |(number, _)| *number)
+            {
+                self.popular.groups.insert(at, (pack.number, group));
+            }
         }
         Ok(())
     }
@@ -347,6 +424,8 @@ impl Wire for VmState {
         self.packs.values().copied().collect::<Vec<_>>().put(out);
         self.condemned.iter().map(|(root, time)| (*root, *time)).collect::<Vec<_>>().put(out);
         self.dropping.put(out);
+        self.group.put(out);
+        Some(&self.popular).filter(|popular| **popular != Popular::default()).cloned().put(out);
     }
 
     fn take(reader: &mut Reader<'_>) -> Result<Self> {
@@ -359,12 +438,17 @@ impl Wire for VmState {
         let packs = Vec::<PackEntry>::take(reader)?;
         let condemned = Vec::<(RootId, Timestamp)>::take(reader)?;
         let dropping = Wire::take(reader)?;
+        let group = Wire::take(reader)?;
+        let popular: Option<Popular> = Wire::take(reader)?;
+        let is_spelled_out = popular.as_ref().is_some_and(|popular| *popular == Popular::default());
+        let popular = popular.unwrap_or_default();
         let names: BTreeMap<_, _> = files.iter().map(|f| ((f.disk.clone(), f.name.clone()), f.id)).collect();
         let ordered = disks.windows(2).all(|w| matches!(w, [a, b] if a.0 < b.0))
             && files.windows(2).all(|w| matches!(w, [a, b] if a.id < b.id))
             && packs.windows(2).all(|w| matches!(w, [a, b] if a.number < b.number))
             && condemned.windows(2).all(|w| matches!(w, [a, b] if a.0 < b.0));
-        if !ordered || names.len() != files.len() {
+        let ordered = ordered && popular.groups.windows(2).all(|w| matches!(w, [a, b] if a.0 < b.0));
+        if !ordered || is_spelled_out || names.len() != files.len() {
             return Err(corrupt("state: lists out of order"));
         }
         Ok(Self {
@@ -377,6 +461,8 @@ impl Wire for VmState {
             packs: packs.into_iter().map(|p| (p.number, p)).collect(),
             condemned: condemned.into_iter().collect(),
             dropping,
+            group,
+            popular,
             names,
         })
     }

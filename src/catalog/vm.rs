@@ -17,24 +17,43 @@ use crate::units::{Incarnation, ObjectId, PackNumber, RecordNumber};
 /// How often a record is tried again when others append at the same time.
 const APPEND_TRIES: usize = 1000;
 
+/// The home of common packs, where a VM's name is expected: no VM can be called so. It has a log and packs as a VM has.
+pub const COMMON_HOME: &str = "/common";
+
+/// The folder of a VM, or of the common home.
+pub fn home_folder(vm: &str) -> String {
+    match vm {
+        COMMON_HOME => "common".to_owned(),
+        vm => format!("vms/{vm}"),
+    }
+}
+
+/// What a VM or the common home is called in messages.
+pub fn title(vm: &str) -> String {
+    match vm {
+        COMMON_HOME => "common packs".to_owned(),
+        vm => format!("VM {vm:?}"),
+    }
+}
+
 /// The folder of a VM's log.
 pub fn log_prefix(vm: &str) -> Key {
-    Key::new(format!("vms/{vm}/log"))
+    Key::new(format!("{}/log", home_folder(vm)))
 }
 
 /// The key of a log record.
 pub fn record_key(vm: &str, number: RecordNumber) -> Key {
-    Key::new(format!("vms/{vm}/log/{:010}", number.0))
+    Key::new(format!("{}/log/{:010}", home_folder(vm), number.0))
 }
 
 /// The key of a pack object.
 pub fn pack_key(vm: &str, object: ObjectId) -> Key {
-    Key::new(format!("vms/{vm}/packs/{}", object_name(object)))
+    Key::new(format!("{}/packs/{}", home_folder(vm), object_name(object)))
 }
 
 /// The key of a checkpoint: the state after a record.
 pub fn checkpoint_key(vm: &str, number: RecordNumber) -> Key {
-    Key::new(format!("vms/{vm}/log/{:010}.checkpoint", number.0))
+    Key::new(format!("{}/log/{:010}.checkpoint", home_folder(vm), number.0))
 }
 
 /// What a file name in a log stands for.
@@ -136,13 +155,16 @@ impl Vm {
                 Err(e) if e.kind() == ErrorKind::NotFound && last.is_none_or(|l| l < 15) => {
                     last = Some(last.unwrap_or(0) + 1);
                     if self.numbers()?.records.is_empty() {
-                        return Err(not_found(format!("VM {:?} is not there", self.name)));
+                        return Err(not_found(format!("{} is not there", title(&self.name))));
                     }
                 }
                 done => return done,
             }
         }
-        Err(Error::new(ErrorKind::Unavailable, format!("vms/{}/log: changes faster than it can be read", self.name)))
+        Err(Error::new(
+            ErrorKind::Unavailable,
+            format!("{}: changes faster than it can be read", log_prefix(&self.name)),
+        ))
     }
 
     fn numbers(&self) -> Result<Numbers> {
@@ -219,7 +241,7 @@ impl Vm {
         let numbers = self.numbers()?;
         let known = self.state();
         let Some(newest) = numbers.records.last().copied() else {
-            return Err(not_found(format!("VM {:?} is not there", self.name)));
+            return Err(not_found(format!("{} is not there", title(&self.name))));
         };
         let checkpoint = numbers.checkpoints.last().copied().unwrap_or_default();
         if newest == known.number && self.damage().is_none() {
@@ -241,7 +263,7 @@ impl Vm {
         }
         let (state, broken) = replay(&base, &records);
         let damage = broken.or(damage).filter(|_| state.number < newest);
-        let damage = damage.map(|e| Arc::new(e.within(format!("VM {:?}: log is damaged", self.name))));
+        let damage = damage.map(|e| Arc::new(e.within(format!("{}: log is damaged", title(&self.name)))));
         let state = Arc::new(state);
         self.know(state.clone(), Some(checkpoint), damage);
         Ok(state)
@@ -280,7 +302,7 @@ impl Vm {
         if numbers.records.first() == Some(&RecordNumber(1)) {
             return Ok((VmState::default(), damage));
         }
-        let missing = format!("vms/{}/log: neither its first record nor a checkpoint is whole", self.name);
+        let missing = format!("{}: neither its first record nor a checkpoint is whole", log_prefix(&self.name));
         Err(match damage {
             Some(e) => e.within(missing),
             None => corrupt(missing),
@@ -319,7 +341,7 @@ impl Vm {
                 return Ok(value);
             }
         }
-        Err(busy(format!("VM {:?}: others write to its log all the time", self.name)))
+        Err(busy(format!("{}: others write to its log all the time", title(&self.name))))
     }
 
     /// Puts a record after `state`; `false` when another one is there already.
@@ -406,13 +428,13 @@ impl Vm {
         }
         let object = checkpoint_object(&known.state);
         if object.len() as u64 > LOG_RECORD_BYTES_MAX {
-            log::warn!("VM {:?}: its state of {} bytes is too large for a checkpoint", self.name, object.len());
+            log::warn!("{}: its state of {} bytes is too large for a checkpoint", title(&self.name), object.len());
             return;
         }
         match self.backend.put_new(&checkpoint_key(&self.name, number), &object) {
             // Another process wrote the same state: just as good.
             Err(e) if e.kind() != ErrorKind::Exists => {
-                log::debug!("VM {:?}: no checkpoint: {e}", self.name);
+                log::debug!("{}: no checkpoint: {e}", title(&self.name));
                 return;
             }
             _ => {}
@@ -457,7 +479,7 @@ impl Vm {
 
     /// The place of a pack by a state.
     fn place(&self, state: &VmState, pack: PackNumber) -> Result<ObjectPlace> {
-        let entry = state.pack(pack).map_err(|e| e.within(format!("VM {:?}", self.name)))?;
+        let entry = state.pack(pack).map_err(|e| e.within(title(&self.name)))?;
         Ok(ObjectPlace {
             key: pack_key(&self.name, entry.object),
             incarnation: state.incarnation,
@@ -511,8 +533,10 @@ fn check_session(vm: &str, state: &VmState, session: Option<RecordNumber>) -> Re
     let Some(begin) = session else { return Ok(()) };
     match &state.session {
         Some(now) if now.begin == begin => Ok(()),
-        Some(now) => Err(busy(format!("VM {vm:?}: another writer took over: process {} on {}", now.process, now.host))),
-        None => Err(busy(format!("VM {vm:?}: the writer's begin record is gone"))),
+        Some(now) => {
+            Err(busy(format!("{}: another writer took over: process {} on {}", title(vm), now.process, now.host)))
+        }
+        None => Err(busy(format!("{}: the writer's begin record is gone", title(vm)))),
     }
 }
 

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::catalog::hold::{HoldId, hold_key};
 use crate::catalog::roots::root_key;
 use crate::catalog::state::VmState;
-use crate::catalog::vm::{log_prefix, pack_key};
+use crate::catalog::vm::{COMMON_HOME, home_folder, log_prefix, pack_key};
 use crate::units::{ObjectId, PackNumber, RootId, SlotId};
 
 /// Findings that are kept. More are only counted.
@@ -32,7 +32,7 @@ pub enum Severity {
 /// Something that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// The VM.
+    /// The VM; empty for what all VMs share.
     pub vm: String,
     /// The object (or folder): its key.
     pub object: String,
@@ -55,6 +55,8 @@ pub enum Subject {
     Object(ObjectId),
     /// A pack that the log does not have.
     Unknown(PackNumber),
+    /// A common pack object.
+    Common(ObjectId),
     /// A hold.
     Hold(HoldId),
     /// Something else, by its key.
@@ -123,6 +125,12 @@ impl Faults {
 
     /// A snapshot stands on what an object has lost.
     pub fn concern(&mut self, subject: &Subject, name: &str) {
+        if let Subject::Common(_) = subject
+            && !self.found.contains_key(&(subject.clone(), Severity::Must))
+        {
+            // What is wrong with it is told once, of the common home.
+            self.note(subject.clone(), Severity::Must, "blocks that this VM needs are lost in it");
+        }
         if let Some(fault) = self.found.get_mut(&(subject.clone(), Severity::Must)) {
             fault.concern(name);
         }
@@ -138,7 +146,7 @@ impl Faults {
                 Subject::Root(id) => roots.contains(id),
                 Subject::Hold(id) => holds.contains(id),
                 Subject::Object(object) => objects.contains_key(object),
-                Subject::Log | Subject::Unknown(_) | Subject::Other(_) => true,
+                Subject::Log | Subject::Unknown(_) | Subject::Common(_) | Subject::Other(_) => true,
             };
             is_there && fault.root.is_none_or(|root| roots.contains(&root))
         });
@@ -147,12 +155,16 @@ impl Faults {
     /// The findings, and how many there are besides.
     pub fn into_findings(self, vm: &str) -> (Vec<Finding>, u64) {
         let findings = self.found.into_iter().map(|((subject, severity), fault)| Finding {
-            vm: vm.to_owned(),
+            vm: if vm == COMMON_HOME { String::new() } else { vm.to_owned() },
             object: match &subject {
                 Subject::Log => log_prefix(vm).to_string(),
                 Subject::Root(id) => root_key(vm, *id).to_string(),
                 Subject::Object(object) => pack_key(vm, *object).to_string(),
-                Subject::Unknown(pack) => format!("vms/{vm}/packs/{pack}"),
+                Subject::Unknown(pack) => {
+                    let home = if pack.is_common() { COMMON_HOME } else { vm };
+                    format!("{}/packs/{pack}", home_folder(home))
+                }
+                Subject::Common(object) => pack_key(COMMON_HOME, *object).to_string(),
                 Subject::Hold(id) => hold_key(vm, *id).to_string(),
                 Subject::Other(key) => key.clone(),
             },

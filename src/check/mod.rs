@@ -2,12 +2,15 @@
 //! Changes nothing (but for [`rebuild()`] and, when asked for, [`copies`]), needs no lock, and runs beside writers and collection.
 //!
 //! ```text
+//!   common:   log ── objects, popular index
 //!   each VM:  log ── objects: length, header, index, slot table, frames      (I1, I3, I4)
 //!    holds ────┴──── snapshots: root, group pages, recipes, their slots      (I1, I2, I5)
 //!                     └── which snapshots a damaged object concerns
 //! ```
 
 pub mod store;
+
+pub mod common;
 
 pub mod vm;
 

@@ -18,6 +18,7 @@ use crate::backend::local::Local;
 use crate::backend::placement::TargetId;
 use crate::backend::replicate::Replicated;
 use crate::backend::{Backend, Guard, Key};
+use crate::catalog::vm::{COMMON_HOME, title};
 use crate::check::copies::check_copies;
 use crate::check::store::{CheckOptions, CheckReport};
 use crate::clock::Clock;
@@ -219,10 +220,12 @@ pub fn set_replicas(store: &Store, wanted: Wanted) -> Result<MoveReport> {
 fn lock_all(store: &Store, is_lost: bool) -> Result<Vec<Box<dyn Guard>>> {
     raise_open_files();
     let mut locks = Vec::new();
-    for name in store.vm_names()? {
-        match store.backend().try_lock(&lock_key(name.as_str())) {
+    let mut names: Vec<String> = store.vm_names()?.iter().map(|name| name.as_str().to_owned()).collect();
+    names.push(COMMON_HOME.to_owned());
+    for name in names {
+        match store.backend().try_lock(&lock_key(&name)) {
             Ok(Some(lock)) => locks.push(lock),
-            Ok(None) => return Err(busy(format!("VM {:?} is being written", name.as_str()))),
+            Ok(None) => return Err(busy(format!("{} is being written", title(&name)))),
             // Without its arbiter nobody writes it.
             Err(e) if is_lost && e.kind() == ErrorKind::Unavailable => {}
             Err(e) => return Err(e),

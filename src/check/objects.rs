@@ -12,7 +12,7 @@ use crate::fingerprint::{Fingerprint, fingerprint};
 use crate::limits::SLOT_PAGE_FINGERPRINTS;
 use crate::pack::frame::{FrameRow, slot_range};
 use crate::pack::index::{HEADER_BYTES, Identity, Member};
-use crate::pack::reader::{ObjectPlace, read_index, read_slot_page};
+use crate::pack::reader::{ObjectPlace, Packs, read_index, read_slot_page};
 use crate::units::{Incarnation, ObjectId, SlotId};
 
 /// Bytes of frames that are read, and worked on by all cores, at a time.
@@ -21,6 +21,7 @@ const BATCH_BYTES: u64 = 4 << 20;
 /// Checks the pack objects of one VM.
 pub struct ObjectCheck<'a> {
     vm: &'a Vm,
+    packs: &'a Packs,
     incarnation: Incarnation,
     options: CheckOptions,
     random: u64,
@@ -38,8 +39,8 @@ struct BadFrame {
 
 impl<'a> ObjectCheck<'a> {
     /// A check whose samples follow from `seed`.
-    pub fn new(vm: &'a Vm, incarnation: Incarnation, options: CheckOptions, seed: u64) -> Self {
-        Self { vm, incarnation, options, random: seed, frames_read: 0, bytes_read: 0 }
+    pub fn new(vm: &'a Vm, packs: &'a Packs, incarnation: Incarnation, options: CheckOptions, seed: u64) -> Self {
+        Self { vm, packs, incarnation, options, random: seed, frames_read: 0, bytes_read: 0 }
     }
 
     fn backend(&self) -> &dyn Backend {
@@ -81,9 +82,9 @@ impl<'a> ObjectCheck<'a> {
             }
             match index.member(entry.number) {
                 Ok(member) => {
-                    if member.slots != entry.slots {
-                        let what =
-                            format!("pack {} has {} slots, the log says {}", entry.number, member.slots, entry.slots);
+                    if member.all_slots() != entry.slots {
+                        let (slots, told) = (member.all_slots(), entry.slots);
+                        let what = format!("pack {} has {slots} slots, the log says {told}", entry.number);
                         faults.note(subject.clone(), Severity::Must, what);
                     }
                     self.check_member(&place, member, faults);
@@ -127,8 +128,8 @@ impl<'a> ObjectCheck<'a> {
         let subject = Subject::Object(place.object);
         // `None` where the page of the table cannot be read.
         let mut prints: Vec<Option<Fingerprint>> = Vec::with_capacity(member.slots as usize);
-        for page in 0..(member.slots as usize).div_ceil(SLOT_PAGE_FINGERPRINTS) {
-            match read_slot_page(self.backend(), place, member, page as u32) {
+        for page in 0..member.present_pages() {
+            match read_slot_page(self.backend(), place, member, page) {
                 Ok(page) => prints.extend(page.fingerprints.into_iter().map(Some)),
                 Err(e) => {
                     faults.note(subject.clone(), Severity::Must, e.to_string());
@@ -140,6 +141,38 @@ impl<'a> ObjectCheck<'a> {
             faults.note(subject.clone(), Severity::Must, format!("pack {}: {}", member.number, bad.what));
             for slot in bad.slots {
                 faults.lost_slots.insert(SlotId::new(member.number, slot).0);
+            }
+        }
+        self.check_forwards(place, member, faults);
+    }
+
+    /// I2, I3: every forward leads to a common slot of the same block.
+    fn check_forwards(&self, place: &ObjectPlace, member: &Member, faults: &mut Faults) {
+        let subject = Subject::Object(place.object);
+        for page in member.present_pages()..member.pages() {
+            let page = match read_slot_page(self.backend(), place, member, page) {
+                Ok(page) => page,
+                Err(e) => {
+                    faults.note(subject.clone(), Severity::Must, e.to_string());
+                    continue;
+                }
+            };
+            for (slot, print) in page.slots.iter().zip(&page.fingerprints) {
+                let Some((target, _)) = member.forward_of(*slot) else { continue };
+                let there = if faults.is_lost(target) {
+                    Err(corrupt(format!("slot {} of common pack {} is lost", target.slot(), target.pack())))
+                } else {
+                    self.packs.page_of(target)
+                };
+                let what = match there.map(|page| page.and_then(|page| page.fingerprint_of(target.slot()))) {
+                    Ok(Some(there)) if there == *print => continue,
+                    Ok(Some(_)) => format!("leads to another block, slot {} of {}", target.slot(), target.pack()),
+                    Ok(None) => format!("leads to nothing, slot {} of {}", target.slot(), target.pack()),
+                    Err(e) => e.to_string(),
+                };
+                let what = format!("pack {}: forward of slot {slot}: {what}", member.number);
+                faults.note(subject.clone(), Severity::Must, what);
+                faults.lost_slots.insert(SlotId::new(member.number, *slot).0);
             }
         }
     }

@@ -1,8 +1,9 @@
-//! Checks all VMs of a store, one after the other.
+//! Checks the common home, then all VMs of a store, one after the other.
 
 use serde::Serialize;
 
 use crate::backend::Key;
+use crate::check::common::Common;
 use crate::check::copies::check_copies;
 use crate::check::faults::{FINDINGS_MAX, Finding, Severity};
 use crate::check::vm::check_vm;
@@ -112,6 +113,7 @@ pub fn check_store(store: &Store, options: CheckOptions, progress: &mut dyn FnMu
         replicated.set_healing(false);
         check_copies(store, replicated, options, &mut report)?;
     }
+    let common = Common::check(store, options, &mut report)?;
     let rows = store.backend().list(&Key::new("vms"))?;
     for (done, row) in rows.iter().enumerate() {
         let key = format!("vms/{}", row.name);
@@ -130,7 +132,7 @@ pub fn check_store(store: &Store, options: CheckOptions, progress: &mut dyn FnMu
             progress(Progress { bytes_done, bytes_total, vms_done: done as u64, vms_total: rows.len() as u64 });
         };
         report.vms += 1;
-        if let Err(e) = check_vm(store, &name, options, &mut report, &mut tell) {
+        if let Err(e) = check_vm(store, &name, options, &common, &mut report, &mut tell) {
             let e: Error = e;
             report.add_one(&row.name, key, format!("cannot be checked: {e}"), Severity::Must);
         }

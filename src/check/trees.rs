@@ -27,6 +27,7 @@ pub struct TreeCheck<'a> {
     vm: &'a Vm,
     packs: &'a Packs,
     state: &'a VmState,
+    common: Option<&'a VmState>,
     held: BTreeMap<RootId, String>,
     seen: RoaringTreemap,
     blocks: HashMap<u64, u32>,
@@ -35,9 +36,16 @@ pub struct TreeCheck<'a> {
 type Below<'a> = Option<(RootId, &'a str)>;
 
 impl<'a> TreeCheck<'a> {
-    /// A check of the snapshots of `state`, and of the forgotten ones that are `held`, with a name for each.
-    pub fn new(vm: &'a Vm, packs: &'a Packs, state: &'a VmState, held: BTreeMap<RootId, String>) -> Self {
-        Self { vm, packs, state, held, seen: RoaringTreemap::new(), blocks: HashMap::new() }
+    /// A check of the snapshots of `state`, and of the forgotten ones that are `held`, with a name for each; `common` is
+    /// the state of the common home.
+    pub fn new(
+        vm: &'a Vm,
+        packs: &'a Packs,
+        state: &'a VmState,
+        common: Option<&'a VmState>,
+        held: BTreeMap<RootId, String>,
+    ) -> Self {
+        Self { vm, packs, state, common, held, seen: RoaringTreemap::new(), blocks: HashMap::new() }
     }
 
     /// Checks them all, and names those that stand on what was found lost.
@@ -59,6 +67,10 @@ impl<'a> TreeCheck<'a> {
 
     /// What a slot of a recipe pack or a data pack is part of.
     fn subject(&self, pack: PackNumber) -> Subject {
+        if pack.is_common() {
+            let entry = self.common.and_then(|common| common.packs.get(&pack));
+            return entry.map_or(Subject::Unknown(pack), |entry| Subject::Common(entry.object));
+        }
         self.state.packs.get(&pack).map_or(Subject::Unknown(pack), |entry| Subject::Object(entry.object))
     }
 
@@ -112,7 +124,7 @@ impl<'a> TreeCheck<'a> {
         if self.blocks.len() < PAGES_COUNTED_MAX {
             self.blocks.insert(slot.0, page.data_blocks);
         }
-        let mut used = RoaringTreemap::new();
+        let mut used = GroupPage::default();
         let mut blocks = 0;
         let mut is_whole = true;
         for place in page.recipes.iter().flatten() {
@@ -122,10 +134,7 @@ impl<'a> TreeCheck<'a> {
             }
             match read_recipe(self.packs, place) {
                 Ok(recipe) => {
-                    for extent in &recipe.extents {
-                        let first = extent.first_slot.0;
-                        used.insert_range(first..first + u64::from(extent.blocks));
-                    }
+                    used.add_slots_of(&recipe);
                     blocks += recipe.data_blocks();
                 }
                 Err(e) => {
@@ -137,7 +146,8 @@ impl<'a> TreeCheck<'a> {
         if is_whole {
             self.check_sums(slot, &page, &used, blocks, below, faults);
         }
-        self.check_slots(&used, below, faults);
+        self.check_slots(&used.slots, below, faults);
+        self.check_slots(&used.common, below, faults);
     }
 
     /// A recipe or group page that cannot be read.
@@ -150,19 +160,20 @@ impl<'a> TreeCheck<'a> {
         &self,
         slot: SlotId,
         page: &GroupPage,
-        used: &RoaringTreemap,
+        used: &GroupPage,
         blocks: u32,
         below: Below<'_>,
         faults: &mut Faults,
     ) {
         let subject = self.subject(slot.pack());
-        let lacking = (used - &page.slots).len();
+        let lacking = (&used.slots - &page.slots).len() + (&used.common - &page.common).len();
+        let count = |page: &GroupPage| page.slots.len() + page.common.len();
         if lacking > 0 {
             // Collection goes by the bitmap: it would take these away.
             let what = format!("group page {slot:?}: its bitmap lacks {lacking} slots that its recipes use");
             faults.note_below(subject.clone(), Severity::Must, what, below);
-        } else if used.len() != page.slots.len() {
-            let more = page.slots.len() - used.len();
+        } else if count(used) != count(page) {
+            let more = count(page) - count(used);
             let what = format!("group page {slot:?}: its bitmap has {more} slots that no recipe uses");
             faults.note_below(subject.clone(), Severity::Should, what, below);
         }
@@ -172,7 +183,7 @@ impl<'a> TreeCheck<'a> {
         }
     }
 
-    /// I2, I5: every slot in use is in a pack of this VM.
+    /// I2, I5: every slot in use is in a pack of this VM, or in a common one.
     fn check_slots(&self, used: &RoaringTreemap, below: Below<'_>, faults: &mut Faults) {
         for pack in packs_of(used) {
             if faults.lost_packs.contains(&pack) {
@@ -199,7 +210,8 @@ impl<'a> TreeCheck<'a> {
     }
 
     fn missing_slots(&self, pack: PackNumber, used: &RoaringTreemap) -> Result<Vec<SlotId>> {
-        let entry = self.state.pack(pack)?;
+        let of_common = self.common.filter(|_| pack.is_common());
+        let entry = of_common.unwrap_or(self.state).pack(pack)?;
         if entry.content != Content::Data {
             return Err(corrupt(format!("pack {pack}: recipes lead to it, but it holds no blocks")));
         }
@@ -210,13 +222,14 @@ impl<'a> TreeCheck<'a> {
             match self.packs.index(&place) {
                 Err(e) if e.kind() == ErrorKind::NotFound && tries < 8 => {
                     tries += 1;
-                    self.vm.refresh()?;
+                    // Also when it is a common one.
+                    self.packs.relocate(pack)?;
                 }
                 done => break done?,
             }
         };
         let member = index.member(pack)?;
-        Ok(slots_of(used, pack).filter(|slot| member.frame_of(slot.slot()).is_none()).collect())
+        Ok(slots_of(used, pack).filter(|slot| !member.has(slot.slot())).collect())
     }
 
     /// Names the snapshots that stand on what was found lost. Cost: nothing when nothing is; else all group pages.
@@ -265,8 +278,10 @@ impl<'a> TreeCheck<'a> {
         let mut packs: BTreeMap<PackNumber, ()> = BTreeMap::new();
         let recipes = page.recipes.iter().flatten().map(|place| place.slot);
         packs.extend(recipes.filter(|slot| faults.is_lost(*slot)).map(|slot| (slot.pack(), ())));
-        packs.extend((&page.slots & &faults.lost_slots).iter().map(|slot| (SlotId(slot).pack(), ())));
-        packs.extend(packs_of(&page.slots).into_iter().filter(|p| faults.lost_packs.contains(p)).map(|p| (p, ())));
+        for slots in [&page.slots, &page.common] {
+            packs.extend((slots & &faults.lost_slots).iter().map(|slot| (SlotId(slot).pack(), ())));
+            packs.extend(packs_of(slots).into_iter().filter(|p| faults.lost_packs.contains(p)).map(|p| (p, ())));
+        }
         packs.into_keys().map(|pack| self.subject(pack)).collect()
     }
 }

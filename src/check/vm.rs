@@ -7,7 +7,8 @@ use crate::backend::Key;
 use crate::catalog::record::{Dead, PackEntry, Record, open_checkpoint};
 use crate::catalog::roots::parse_root_name;
 use crate::catalog::state::VmState;
-use crate::catalog::vm::{LogEntry, Vm, log_prefix, parse_log_name};
+use crate::catalog::vm::{LogEntry, Vm, home_folder, log_prefix, parse_log_name};
+use crate::check::common::Common;
 use crate::check::faults::{Faults, Severity, Subject};
 use crate::check::holds::Holds;
 use crate::check::objects::ObjectCheck;
@@ -20,7 +21,7 @@ use crate::pack::index::parse_object_name;
 use crate::store::Store;
 use crate::units::{ObjectId, RootId};
 
-/// Checks a VM and adds what is found to the report.
+/// Checks a VM and adds what is found to the report. `common` is what the check of the common home found.
 ///
 /// # Errors
 /// `Unavailable`, `Denied` when its folders cannot be listed.
@@ -28,11 +29,12 @@ pub fn check_vm(
     store: &Store,
     name: &VmName,
     options: CheckOptions,
+    common: &Common,
     report: &mut CheckReport,
     tell: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
     let vm = store.vm_handle(name);
-    let mut faults = Faults::default();
+    let mut faults = common.faults();
     let log = log_prefix(vm.name()).to_string();
     let holds = Holds::list(&vm)?;
     let state = match vm.refresh() {
@@ -55,7 +57,7 @@ pub fn check_vm(
     report.snapshots += state.files.len() as u64;
     report.snapshots_held += held.len() as u64;
     let packs = store.packs(&vm);
-    TreeCheck::new(&vm, &packs, &state, held).check(&mut faults);
+    TreeCheck::new(&vm, &packs, &state, common.state.as_deref(), held).check(&mut faults);
     if whole {
         count_leaks(&vm, &mut faults, report)?;
     }
@@ -69,13 +71,13 @@ pub fn check_vm(
     Ok(())
 }
 
-fn list(vm: &Vm, folder: &str) -> Result<Vec<crate::backend::Listed>> {
-    vm.backend().list(&Key::new(format!("vms/{}/{folder}", vm.name())))
+pub(super) fn list(vm: &Vm, folder: &str) -> Result<Vec<crate::backend::Listed>> {
+    vm.backend().list(&Key::new(format!("{}/{folder}", home_folder(vm.name()))))
 }
 
 /// Whether the log is readable to its end. What lies before the newest checkpoint is looked at too: it is there in
 /// case that one is damaged.
-fn check_log(vm: &Vm, faults: &mut Faults) -> Result<bool> {
+pub(super) fn check_log(vm: &Vm, faults: &mut Faults) -> Result<bool> {
     let damage = vm.damage();
     if let Some(damage) = &damage {
         faults.note(Subject::Log, Severity::Must, damage.to_string());
@@ -115,7 +117,7 @@ fn check_log(vm: &Vm, faults: &mut Faults) -> Result<bool> {
     Ok(true)
 }
 
-fn check_objects(
+pub(super) fn check_objects(
     store: &Store,
     vm: &Arc<Vm>,
     state: &VmState,
@@ -129,7 +131,8 @@ fn check_objects(
         objects.entry(entry.object).or_default().push(*entry);
     }
     let total: u64 = state.objects().values().sum();
-    let mut check = ObjectCheck::new(vm, state.incarnation, options, store.clock().now().0);
+    let packs = store.packs(vm);
+    let mut check = ObjectCheck::new(vm, &packs, state.incarnation, options, store.clock().now().0);
     let mut done = 0;
     for (object, entries) in objects {
         check.check(object, &entries, faults);
@@ -142,7 +145,7 @@ fn check_objects(
 }
 
 /// Counts objects that the log does not know. They are no damage: a writer that died, or one at work.
-fn count_leaks(vm: &Vm, faults: &mut Faults, report: &mut CheckReport) -> Result<()> {
+pub(super) fn count_leaks(vm: &Vm, faults: &mut Faults, report: &mut CheckReport) -> Result<()> {
     // Listed before the log is read again: what a writer commits in between is then known.
     let rows = [list(vm, "packs")?, list(vm, "snapshots")?];
     let Ok(state) = vm.refresh() else { return Ok(()) };
@@ -158,7 +161,7 @@ fn count_leaks(vm: &Vm, faults: &mut Faults, report: &mut CheckReport) -> Result
                 Some(Dead::Pack { object }) => objects.contains_key(&object),
                 Some(Dead::Root { id }) => roots.contains(&id),
                 None => {
-                    let key = format!("vms/{}/{folder}/{}", vm.name(), row.name);
+                    let key = format!("{}/{folder}/{}", home_folder(vm.name()), row.name);
                     faults.note(Subject::Other(key), Severity::Should, "is no object of snapfs");
                     continue;
                 }

@@ -4,6 +4,11 @@
 //! Frames that are live as a whole are copied byte for byte, after their checksum was found right. Of others the live
 //! slots are packed anew, after each was compared with its fingerprint. Dead frames are not even read, so damage in
 //! them goes with them.
+//!
+//! A live slot whose block a common pack holds becomes a *forward*: its own bytes are not read, those of the common slot
+//! are, and compared with the fingerprint.
+
+use std::collections::BTreeMap;
 
 use rayon::prelude::*;
 use roaring::RoaringBitmap;
@@ -13,18 +18,21 @@ use crate::catalog::record::PackEntry;
 use crate::catalog::vm::pack_key;
 use crate::collect::plan::live_mask;
 use crate::error::{Error, Result, corrupt, invalid};
-use crate::fingerprint::{Fingerprint, fingerprint};
-use crate::limits::{RECIPE_ZSTD_LEVEL, SLOT_PAGE_FINGERPRINTS, ZSTD_LEVEL};
+use crate::fingerprint::{Fingerprint, fingerprint, fingerprint_blocks};
+use crate::limits::{BLOCK_BYTES, RECIPE_ZSTD_LEVEL, ZSTD_LEVEL};
 use crate::pack::Content;
 use crate::pack::frame::{FrameRow, compress, join_slots, slot_range};
-use crate::pack::index::{Identity, Member, PackIndex};
-use crate::pack::reader::{ObjectPlace, read_index, read_slot_page};
+use crate::pack::index::{ForwardRow, Identity, Member, PackIndex};
+use crate::pack::reader::{ObjectPlace, Packs, read_index, read_slot_page};
 use crate::pack::writer::{PackWriter, PackedFrame};
 use crate::store::session::{Session, pack_entry};
-use crate::units::{Generation, Incarnation, ObjectId, PackNumber};
+use crate::units::{Generation, Incarnation, ObjectId, PackNumber, SlotId};
 
 /// Bytes of frames that are read, and worked on by all cores, at a time.
 const BATCH_BYTES: u64 = 4 << 20;
+
+/// Blocks of common packs that are read and verified at a time, at the most: 1 MiB.
+const VERIFY_BLOCKS: usize = 256;
 
 /// An object whose live slots move.
 #[derive(Debug, Clone)]
@@ -33,6 +41,8 @@ pub struct Source {
     pub place: ObjectPlace,
     /// Its packs that have live slots, with these.
     pub live: Vec<(PackNumber, RoaringBitmap)>,
+    /// Live slots that are to lead to common slots from now on.
+    pub forwards: BTreeMap<SlotId, SlotId>,
 }
 
 /// Why an object was not written.
@@ -73,6 +83,7 @@ pub fn rewrite(session: &Session, sources: &[Source]) -> std::result::Result<Vec
     let key = pack_key(vm.name(), identity.object);
     let indexes = read_indexes(backend, sources, &identity)?;
     let mut writer = PackWriter::create(backend, &key, identity).map_err(target)?;
+    let copy = Copy { packs: session.packs(), backend };
     for (turn, (number, at, live)) in members.iter().enumerate() {
         let (Some(source), Some(index)) = (sources.get(*at), indexes.get(*at)) else { continue };
         if turn > 0 {
@@ -80,7 +91,7 @@ pub fn rewrite(session: &Session, sources: &[Source]) -> std::result::Result<Vec
         }
         let wrong = |e: Error| Failure::Source(*at, e.within(&source.place.key));
         let member = index.member(*number).map_err(wrong)?;
-        copy_member(backend, &source.place, member, live, &mut writer).map_err(|e| match e {
+        copy.member(source, member, live, &mut writer).map_err(|e| match e {
             Failure::Source(_, e) => wrong(e),
             other => other,
         })?;
@@ -99,7 +110,9 @@ pub fn rewrite(session: &Session, sources: &[Source]) -> std::result::Result<Vec
     let mut entries = Vec::with_capacity(members.len());
     for (number, _, live) in &members {
         let member = index.member(*number).map_err(target)?;
-        if member.present().map(u32::from).ne(live.iter()) {
+        let forwards = member.forwards.iter().flat_map(ForwardRow::slots);
+        let there: RoaringBitmap = member.present().chain(forwards).map(u32::from).collect();
+        if there != **live {
             return Err(target(corrupt(format!("{}: pack {number} has other slots than were written", place.key))));
         }
         entries.push(pack_entry(*number, identity.content, &finished, identity.object).map_err(target)?);
@@ -135,75 +148,162 @@ struct Task<'a> {
     prints: &'a [Fingerprint],
 }
 
-fn copy_member(
-    backend: &dyn Backend,
-    place: &ObjectPlace,
-    member: &Member,
-    live: &RoaringBitmap,
-    writer: &mut PackWriter,
-) -> std::result::Result<(), Failure> {
-    let wrong = |e: Error| Failure::Source(0, e);
-    let prints = read_table(backend, place, member).map_err(wrong)?;
-    let masks: Vec<u64> = member.frames.iter().map(|row| live_mask(row, live)).collect();
-    let found: u64 = masks.iter().map(|mask| u64::from(mask.count_ones())).sum();
-    if found != live.len() {
-        let missing = live.len() - found;
-        return Err(wrong(corrupt(format!("pack {}: {missing} slots that are in use are not in it", member.number))));
-    }
-    let mut at = 0;
-    while at < member.frames.len() {
-        let mut end = at;
-        let mut bytes = 0;
-        while let (Some(row), Some(mask)) = (member.frames.get(end), masks.get(end)) {
-            if *mask == 0 || (end > at && bytes + u64::from(row.stored_bytes) > BATCH_BYTES) {
-                break;
-            }
-            bytes += u64::from(row.stored_bytes);
-            end += 1;
-        }
-        if end == at {
-            at += 1;
-            continue;
-        }
-        let mut stored = vec![0; bytes as usize];
-        backend.read(&place.key, member.offsets.get(at).copied().unwrap_or(0), &mut stored).map_err(wrong)?;
-        let mut rest = &stored[..];
-        let mut work = Vec::with_capacity(end - at);
-        for frame in at..end {
-            let (Some(row), Some(mask), Some(first)) =
-                (member.frames.get(frame), masks.get(frame), member.ordinals.get(frame))
-            else {
-                break;
-            };
-            let (bytes, tail) = rest.split_at(row.stored_bytes as usize);
-            rest = tail;
-            let first = *first as usize;
-            let prints = prints.get(first..first + row.count() as usize);
-            let prints = prints.ok_or_else(|| wrong(corrupt("slot table is shorter than its frames")))?;
-            work.push((Task { row, mask: *mask, prints }, bytes));
-        }
-        let kept: Vec<Result<Kept>> = work
-            .par_iter()
-            .map(|(task, bytes)| keep(task, place.content, place.incarnation, member.number, bytes))
-            .collect();
-        for ((task, _), kept) in work.iter().zip(kept) {
-            match kept.map_err(wrong)? {
-                Kept::Whole(bytes) => writer.append_verbatim(*task.row, &bytes, task.prints),
-                Kept::Part(frame) => writer.append(frame, &live_prints(task)).map(|_| ()),
-            }
-            .map_err(Failure::Target)?;
-        }
-        at = end;
-    }
-    Ok(())
+/// What copying needs beside the source.
+struct Copy<'a> {
+    packs: &'a Packs,
+    backend: &'a dyn Backend,
 }
 
-/// All fingerprints of a pack, in the order of its slots.
+impl Copy<'_> {
+    fn member(
+        &self,
+        source: &Source,
+        member: &Member,
+        live: &RoaringBitmap,
+        writer: &mut PackWriter,
+    ) -> std::result::Result<(), Failure> {
+        let wrong = |e: Error| Failure::Source(0, e);
+        let place = &source.place;
+        let prints = read_table(self.backend, place, member).map_err(wrong)?;
+        let forwards = self.forwards(source, member, live, &prints).map_err(wrong)?;
+        let mut kept = live.clone();
+        forwards.keys().for_each(|slot| {
+            kept.remove(u32::from(*slot));
+        });
+        let masks: Vec<u64> = member.frames.iter().map(|row| live_mask(row, &kept)).collect();
+        let found: u64 = masks.iter().map(|mask| u64::from(mask.count_ones())).sum();
+        if found != kept.len() {
+            let missing = kept.len() - found;
+            return Err(wrong(corrupt(format!(
+                "pack {}: {missing} slots that are in use are not in it",
+                member.number
+            ))));
+        }
+        self.frames(place, member, &masks, &prints, writer)?;
+        for (slot, (target, print)) in forwards {
+            writer.forward(slot, target, print).map_err(Failure::Target)?;
+        }
+        Ok(())
+    }
+
+    /// The live slots that lead to common slots: those that do already, and those wanted whose target holds the block.
+    fn forwards(
+        &self,
+        source: &Source,
+        member: &Member,
+        live: &RoaringBitmap,
+        prints: &[Fingerprint],
+    ) -> Result<BTreeMap<u16, (SlotId, Fingerprint)>> {
+        let mut forwards = BTreeMap::new();
+        for page in member.present_pages()..member.pages() {
+            let page = read_slot_page(self.backend, &source.place, member, page)?;
+            for (slot, print) in page.slots.iter().zip(&page.fingerprints) {
+                let there = member.forward_of(*slot).filter(|_| live.contains(u32::from(*slot)));
+                forwards.extend(there.map(|(target, _)| (*slot, (target, *print))));
+            }
+        }
+        let first = SlotId::new(member.number, 0);
+        let wanted = source.forwards.range(first..=SlotId::new(member.number, u16::MAX));
+        let wanted = wanted.filter(|(slot, _)| live.contains(u32::from(slot.slot())));
+        let mut run: Vec<(u16, SlotId, Fingerprint)> = Vec::new();
+        for (slot, target) in wanted {
+            let ordinal = member.ordinal_of(slot.slot());
+            let Some(print) = ordinal.and_then(|at| prints.get(at as usize)) else { continue };
+            let goes_on = run.last().is_some_and(|(_, last, _)| last.plus(1) == Some(*target));
+            if !goes_on || run.len() >= VERIFY_BLOCKS {
+                self.verify(&mut run, &mut forwards);
+            }
+            run.push((slot.slot(), *target, *print));
+        }
+        self.verify(&mut run, &mut forwards);
+        Ok(forwards)
+    }
+
+    /// Reads what a run of common slots holds; only what is right becomes a forward, the rest stays here.
+    fn verify(&self, run: &mut Vec<(u16, SlotId, Fingerprint)>, forwards: &mut BTreeMap<u16, (SlotId, Fingerprint)>) {
+        let Some((_, first, _)) = run.first() else { return };
+        let mut bytes = vec![0; run.len() * BLOCK_BYTES];
+        if let Err(e) = self.packs.read_blocks(*first, &mut bytes) {
+            log::warn!("blocks stay where they are: {e}");
+            run.clear();
+            return;
+        }
+        let (blocks, _) = bytes.as_chunks::<BLOCK_BYTES>();
+        let mut prints = Vec::with_capacity(blocks.len());
+        fingerprint_blocks(&blocks.iter().collect::<Vec<_>>(), &mut prints);
+        for ((slot, target, wanted), print) in run.drain(..).zip(prints) {
+            if print == wanted {
+                forwards.insert(slot, (target, wanted));
+            } else {
+                log::warn!("common slot {target:?}: bytes do not match their fingerprint; run snapfs check");
+            }
+        }
+    }
+
+    /// Copies what the masks leave of each frame.
+    fn frames(
+        &self,
+        place: &ObjectPlace,
+        member: &Member,
+        masks: &[u64],
+        prints: &[Fingerprint],
+        writer: &mut PackWriter,
+    ) -> std::result::Result<(), Failure> {
+        let wrong = |e: Error| Failure::Source(0, e);
+        let mut at = 0;
+        while at < member.frames.len() {
+            let mut end = at;
+            let mut bytes = 0;
+            while let (Some(row), Some(mask)) = (member.frames.get(end), masks.get(end)) {
+                if *mask == 0 || (end > at && bytes + u64::from(row.stored_bytes) > BATCH_BYTES) {
+                    break;
+                }
+                bytes += u64::from(row.stored_bytes);
+                end += 1;
+            }
+            if end == at {
+                at += 1;
+                continue;
+            }
+            let mut stored = vec![0; bytes as usize];
+            self.backend.read(&place.key, member.offsets.get(at).copied().unwrap_or(0), &mut stored).map_err(wrong)?;
+            let mut rest = &stored[..];
+            let mut work = Vec::with_capacity(end - at);
+            for frame in at..end {
+                let (Some(row), Some(mask), Some(first)) =
+                    (member.frames.get(frame), masks.get(frame), member.ordinals.get(frame))
+                else {
+                    break;
+                };
+                let (bytes, tail) = rest.split_at(row.stored_bytes as usize);
+                rest = tail;
+                let first = *first as usize;
+                let prints = prints.get(first..first + row.count() as usize);
+                let prints = prints.ok_or_else(|| wrong(corrupt("slot table is shorter than its frames")))?;
+                work.push((Task { row, mask: *mask, prints }, bytes));
+            }
+            let kept: Vec<Result<Kept>> = work
+                .par_iter()
+                .map(|(task, bytes)| keep(task, place.content, place.incarnation, member.number, bytes))
+                .collect();
+            for ((task, _), kept) in work.iter().zip(kept) {
+                match kept.map_err(wrong)? {
+                    Kept::Whole(bytes) => writer.append_verbatim(*task.row, &bytes, task.prints),
+                    Kept::Part(frame) => writer.append(frame, &live_prints(task)).map(|_| ()),
+                }
+                .map_err(Failure::Target)?;
+            }
+            at = end;
+        }
+        Ok(())
+    }
+}
+
+/// The fingerprints of all slots in frames, in their order.
 fn read_table(backend: &dyn Backend, place: &ObjectPlace, member: &Member) -> Result<Vec<Fingerprint>> {
-    let pages = (member.slots as usize).div_ceil(SLOT_PAGE_FINGERPRINTS);
     let mut prints = Vec::with_capacity(member.slots as usize);
-    for page in 0..pages {
-        prints.extend_from_slice(&read_slot_page(backend, place, member, page as u32)?.fingerprints);
+    for page in 0..member.present_pages() {
+        prints.extend_from_slice(&read_slot_page(backend, place, member, page)?.fingerprints);
     }
     Ok(prints)
 }

@@ -189,9 +189,7 @@ impl DraftTree {
             page.recipes.push(Some(*place));
             let recipe = read_recipe(&self.packs, place)?;
             page.data_blocks += recipe.data_blocks();
-            for extent in &recipe.extents {
-                page.slots.insert_range(extent.first_slot.0..extent.first_slot.0 + u64::from(extent.blocks));
-            }
+            page.add_slots_of(&recipe);
         }
         table.is_dirty = false;
         if page.recipes.is_empty() {

@@ -21,6 +21,7 @@ use crate::pack::index::Identity;
 use crate::pack::reader::{ObjectPlace, Packs, SlotPage, Unfinished, check_of};
 use crate::pack::writer::{Finished, PackWriter, PackedFrame};
 use crate::recipe::Place;
+use crate::store::common::PackHome;
 use crate::store::session::{Session, pack_entry};
 use crate::units::{Generation, ObjectId, PackNumber, SlotId};
 
@@ -54,10 +55,10 @@ struct Inner {
 }
 
 impl OpenPack {
-    fn create(session: &Session, content: Content) -> Result<Arc<Self>> {
-        let number = session.next_serial()?;
+    fn create(home: &dyn PackHome, content: Content) -> Result<Arc<Self>> {
+        let number = home.next_serial()?;
         let object = ObjectId { number, generation: Generation(0) };
-        let vm = session.vm();
+        let vm = home.home();
         let identity = Identity { incarnation: vm.state().incarnation, object, content };
         let key = pack_key(vm.name(), object);
         let writer = PackWriter::create(&**vm.backend(), &key, identity)?;
@@ -65,7 +66,7 @@ impl OpenPack {
             number,
             content,
             key,
-            packs: session.packs().clone(),
+            packs: home.packs().clone(),
             inner: Mutex::new(Inner {
                 writer: Some(writer),
                 rows: BTreeMap::new(),
@@ -75,7 +76,7 @@ impl OpenPack {
             }),
             finished: Condvar::new(),
         });
-        session.packs().show_unfinished(number, pack.clone());
+        home.packs().show_unfinished(number, pack.clone());
         Ok(pack)
     }
 
@@ -297,7 +298,7 @@ impl Drop for Finishing {
 
 /// Takes new blocks, in image order, into data packs.
 pub struct DataLane {
-    session: Arc<Session>,
+    home: Arc<dyn PackHome>,
     open: Option<Arc<OpenPack>>,
     // The frame that is being filled, and frames that wait for compression, of the open pack.
     filling: Vec<u8>,
@@ -316,9 +317,9 @@ impl Drop for DataLane {
 
 impl DataLane {
     /// A lane without a pack yet.
-    pub fn new(session: Arc<Session>) -> Self {
+    pub fn new(home: Arc<dyn PackHome>) -> Self {
         Self {
-            session,
+            home,
             open: None,
             filling: Vec::new(),
             ready: Vec::new(),
@@ -341,7 +342,7 @@ impl DataLane {
             Some(pack) => pack.clone(),
             None => {
                 self.bytes_bound = 0;
-                self.open.insert(OpenPack::create(&self.session, Content::Data)?).clone()
+                self.open.insert(OpenPack::create(&*self.home, Content::Data)?).clone()
             }
         };
         let mut inner = lock(&pack.inner);
@@ -484,7 +485,7 @@ impl RecipeLane {
         }
         let pack = match &self.open {
             Some(pack) => pack.clone(),
-            None => self.open.insert(OpenPack::create(&self.session, Content::Recipes)?).clone(),
+            None => self.open.insert(OpenPack::create(&*self.session, Content::Recipes)?).clone(),
         };
         let mut inner = lock(&pack.inner);
         let slot = inner.prints.len() as u16;

@@ -5,6 +5,7 @@ pub mod backup;
 pub mod budget;
 pub mod change_map;
 pub mod clone;
+pub mod common;
 pub mod draft;
 pub mod draft_tree;
 pub mod lane;

@@ -6,7 +6,7 @@ use crate::format::{ObjectKind, check_preamble, preamble};
 use crate::limits::{FRAME_SLOTS_MAX, PACK_MEMBERS_MAX, PACK_SLOTS_MAX, SLOT_PAGE_FINGERPRINTS};
 use crate::pack::Content;
 use crate::pack::frame::{Checksum, FRAME_ROW_BYTES, FrameRow};
-use crate::units::{Generation, Incarnation, ObjectId, PackNumber};
+use crate::units::{Generation, Incarnation, ObjectId, PackNumber, SlotId};
 use crate::wire::{Reader, Wire, wire_struct};
 
 /// Bytes of a pack's header.
@@ -19,6 +19,7 @@ pub const TRAILER_BYTES: usize = HEADER_BYTES + 8 + 8 + 4 + 16 + 16;
 const FINGERPRINT_BYTES: usize = 32;
 
 const _: () = assert!(HEADER_BYTES == 16 + 16 + 8 + 4 + 1 + 16, "docs/FORMAT.md: the header of a pack");
+const _: () = assert!(FORWARD_ROW_BYTES == 2 + 2 + 8, "docs/FORMAT.md: a row of forwards");
 const _: () = assert!(TRAILER_BYTES == 113, "docs/FORMAT.md: the trailer of a pack");
 
 /// Who a pack object is.
@@ -73,9 +74,68 @@ wire_struct! {
         pub number: PackNumber,
         /// Its frames.
         pub frames: u32,
-        /// Its present slots.
+        /// Its slots that are present in frames.
         pub slots: u32,
+        /// Its runs of forwards.
+        pub forwards: u32,
     }
+}
+
+wire_struct! {
+    /// A run of slots whose blocks lie in consecutive slots of a common pack: *forwards*.
+    #[derive(Copy)]
+    pub struct ForwardRow {
+        /// The first.
+        pub first_slot: u16,
+        /// Slots, less one.
+        pub slots_less_one: u16,
+        /// Where the block of the first is.
+        pub target: SlotId,
+    }
+}
+
+impl ForwardRow {
+    /// Slots.
+    pub fn count(&self) -> u32 {
+        u32::from(self.slots_less_one) + 1
+    }
+
+    /// The slots in order.
+    pub fn slots(&self) -> impl Iterator<Item = u16> + use<> {
+        self.first_slot..=self.first_slot.saturating_add(self.slots_less_one)
+    }
+
+    /// Where the block of a slot is, and how many of the run follow from there, its own included.
+    pub fn target_of(&self, slot: u16) -> Option<(SlotId, u32)> {
+        let skip = u32::from(slot.checked_sub(self.first_slot)?);
+        if skip < self.count() { Some((self.target.plus(skip)?, self.count() - skip)) } else { None }
+    }
+
+    /// Takes one more slot, if it goes on with the run.
+    pub fn extend(&mut self, slot: u16, target: SlotId) -> bool {
+        let follows = u32::from(self.first_slot) + self.count() == u32::from(slot);
+        if follows && self.target.plus(self.count()) == Some(target) {
+            self.slots_less_one += 1;
+            return true;
+        }
+        false
+    }
+}
+
+/// Bytes of a row of forwards.
+pub const FORWARD_ROW_BYTES: usize = 12;
+
+/// What the tail of an object says of one pack in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemberTail {
+    /// The pack.
+    pub number: PackNumber,
+    /// Its frames.
+    pub frames: Vec<FrameRow>,
+    /// Its forwards.
+    pub forwards: Vec<ForwardRow>,
+    /// Checksums of the pages of its slot table.
+    pub checksums: Vec<Checksum>,
 }
 
 /// One pack within an object, as a reader needs it.
@@ -91,8 +151,10 @@ pub struct Member {
     pub ordinals: Vec<u32>,
     /// Offset in the object of its part of the slot table.
     pub table_offset: u64,
-    /// Present slots.
+    /// Slots present in frames.
     pub slots: u32,
+    /// Slots whose blocks lie in common packs, in slot order.
+    pub forwards: Vec<ForwardRow>,
     /// One checksum per page of the slot table.
     pub page_checksums: Vec<Checksum>,
 }
@@ -104,6 +166,48 @@ impl Member {
         let at = after.checked_sub(1)?;
         self.frames.get(at)?.rank(slot)?;
         Some(at)
+    }
+
+    /// Whether a slot is there: present, or a forward.
+    pub fn has(&self, slot: u16) -> bool {
+        self.frame_of(slot).is_some() || self.forward_of(slot).is_some()
+    }
+
+    /// Where a forward leads, and how many slots of its run follow; `None` for a slot that is none.
+    pub fn forward_of(&self, slot: u16) -> Option<(SlotId, u32)> {
+        let after = self.forwards.partition_point(|f| f.first_slot <= slot);
+        self.forwards.get(after.checked_sub(1)?)?.target_of(slot)
+    }
+
+    /// Slots that are forwards.
+    pub fn forward_slots(&self) -> u32 {
+        self.forwards.iter().map(ForwardRow::count).sum()
+    }
+
+    /// All slots: those present, and forwards.
+    pub fn all_slots(&self) -> u32 {
+        self.slots + self.forward_slots()
+    }
+
+    /// Pages of the slot table that are about slots in frames; those about forwards follow.
+    pub fn present_pages(&self) -> u32 {
+        self.slots.div_ceil(SLOT_PAGE_FINGERPRINTS as u32)
+    }
+
+    /// Pages of the slot table.
+    pub fn pages(&self) -> u32 {
+        self.present_pages() + self.forward_slots().div_ceil(SLOT_PAGE_FINGERPRINTS as u32)
+    }
+
+    /// The page of the slot table that a slot stands on; `None` when the slot is not there.
+    pub fn page_of(&self, slot: u16) -> Option<u32> {
+        if let Some(ordinal) = self.ordinal_of(slot) {
+            return Some(ordinal / SLOT_PAGE_FINGERPRINTS as u32);
+        }
+        self.forward_of(slot)?;
+        let before = self.forwards.iter().take_while(|f| f.first_slot <= slot);
+        let ordinal: u32 = before.map(|f| f.count().min(u32::from(slot - f.first_slot))).sum();
+        Some(self.present_pages() + ordinal / SLOT_PAGE_FINGERPRINTS as u32)
     }
 
     /// The place of a slot in the slot table.
@@ -120,6 +224,10 @@ impl Member {
 
     /// The slots whose fingerprints stand on a page of the slot table.
     pub fn slots_of_page(&self, page: u32) -> Vec<u16> {
+        if let Some(page) = page.checked_sub(self.present_pages()) {
+            let skip = page as usize * SLOT_PAGE_FINGERPRINTS;
+            return self.forwards.iter().flat_map(ForwardRow::slots).skip(skip).take(SLOT_PAGE_FINGERPRINTS).collect();
+        }
         let first = page as usize * SLOT_PAGE_FINGERPRINTS;
         let frame = self.ordinals.partition_point(|o| *o as usize <= first).saturating_sub(1);
         let skip = first - self.ordinals.get(frame).map_or(first, |o| *o as usize);
@@ -129,14 +237,18 @@ impl Member {
 
     /// Offset in the object and bytes of a page of the slot table.
     pub fn page_range(&self, page: u32) -> (u64, usize) {
+        let (page, start, slots) = match page.checked_sub(self.present_pages()) {
+            Some(page) => (page, self.slots as usize, self.forward_slots() as usize),
+            None => (page, 0, self.slots as usize),
+        };
         let first = page as usize * SLOT_PAGE_FINGERPRINTS;
-        let count = (self.slots as usize).saturating_sub(first).min(SLOT_PAGE_FINGERPRINTS);
-        (self.table_offset + (first * FINGERPRINT_BYTES) as u64, count * FINGERPRINT_BYTES)
+        let count = slots.saturating_sub(first).min(SLOT_PAGE_FINGERPRINTS);
+        (self.table_offset + ((start + first) * FINGERPRINT_BYTES) as u64, count * FINGERPRINT_BYTES)
     }
 
     /// Bytes of its part of the slot table.
     pub fn table_bytes(&self) -> u64 {
-        u64::from(self.slots) * FINGERPRINT_BYTES as u64
+        u64::from(self.all_slots()) * FINGERPRINT_BYTES as u64
     }
 }
 
@@ -180,7 +292,7 @@ impl PackIndex {
 
     /// Bytes that it takes in memory, about.
     pub fn memory_bytes(&self) -> usize {
-        let per_member = |m: &Member| 160 + m.frames.len() * 52 + m.page_checksums.len() * 16;
+        let per_member = |m: &Member| 160 + m.frames.len() * 52 + m.page_checksums.len() * 16 + m.forwards.len() * 16;
         self.members.iter().map(per_member).sum::<usize>() + 128
     }
 
@@ -191,21 +303,26 @@ impl PackIndex {
     }
 
     /// Index and trailer of an object; `members` in the order of their frames, which is that of their numbers.
-    pub fn encode_tail(identity: &Identity, members: &[(PackNumber, Vec<FrameRow>, Vec<Checksum>)]) -> Vec<u8> {
+    pub fn encode_tail(identity: &Identity, members: &[MemberTail]) -> Vec<u8> {
         let mut index = Vec::new();
-        let slots = |frames: &[FrameRow]| frames.iter().map(FrameRow::count).sum::<u32>();
+        let present = |member: &MemberTail| member.frames.iter().map(FrameRow::count).sum::<u32>();
+        let forwards = |member: &MemberTail| member.forwards.iter().map(ForwardRow::count).sum::<u32>();
         (members.len() as u32).put(&mut index);
-        for (number, frames, _) in members {
-            MemberRow { number: *number, frames: frames.len() as u32, slots: slots(frames) }.put(&mut index);
+        for member in members {
+            let row = MemberRow {
+                number: member.number,
+                frames: member.frames.len() as u32,
+                slots: present(member),
+                forwards: member.forwards.len() as u32,
+            };
+            row.put(&mut index);
         }
-        for frame in members.iter().flat_map(|(_, frames, _)| frames) {
-            frame.put(&mut index);
-        }
-        for checksum in members.iter().flat_map(|(_, _, checksums)| checksums) {
-            checksum.put(&mut index);
-        }
-        let frames_bytes: u64 = members.iter().flat_map(|(_, f, _)| f).map(|f| u64::from(f.stored_bytes)).sum();
-        let table_bytes: u64 = members.iter().map(|(_, f, _)| u64::from(slots(f)) * FINGERPRINT_BYTES as u64).sum();
+        members.iter().flat_map(|m| &m.frames).for_each(|frame| frame.put(&mut index));
+        members.iter().flat_map(|m| &m.forwards).for_each(|row| row.put(&mut index));
+        members.iter().flat_map(|m| &m.checksums).for_each(|checksum| checksum.put(&mut index));
+        let frames_bytes: u64 = members.iter().flat_map(|m| &m.frames).map(|f| u64::from(f.stored_bytes)).sum();
+        let slots: u64 = members.iter().map(|m| u64::from(present(m)) + u64::from(forwards(m))).sum();
+        let table_bytes = slots * FINGERPRINT_BYTES as u64;
         let mut trailer = identity.header();
         frames_bytes.put(&mut trailer);
         table_bytes.put(&mut trailer);
@@ -285,6 +402,7 @@ fn read_members(index: &[u8], identity: &Identity, frames_bytes: u64, table_byte
             ordinals: Vec::with_capacity(row.frames as usize),
             table_offset,
             slots: row.slots,
+            forwards: Vec::new(),
             page_checksums: Vec::new(),
         };
         let mut ordinal = 0;
@@ -305,11 +423,15 @@ fn read_members(index: &[u8], identity: &Identity, frames_bytes: u64, table_byte
         if ordinal != row.slots {
             return Err(corrupt(format!("pack index: member {} has {ordinal} slots, says {}", row.number, row.slots)));
         }
-        table_offset += member.table_bytes();
         members.push(member);
     }
+    for (member, row) in members.iter_mut().zip(&rows) {
+        take_forwards(&mut reader, identity, row, member)?;
+        member.table_offset = table_offset;
+        table_offset += member.table_bytes();
+    }
     for member in &mut members {
-        for _ in 0..(member.slots as usize).div_ceil(SLOT_PAGE_FINGERPRINTS) {
+        for _ in 0..member.pages() {
             member.page_checksums.push(Checksum::take(&mut reader)?);
         }
     }
@@ -319,6 +441,34 @@ fn read_members(index: &[u8], identity: &Identity, frames_bytes: u64, table_byte
         return Err(corrupt("pack index: frames or slots do not fill their part"));
     }
     Ok(members)
+}
+
+fn take_forwards(reader: &mut Reader<'_>, identity: &Identity, row: &MemberRow, member: &mut Member) -> Result<()> {
+    let may_have = identity.content == Content::Data && !row.number.is_common();
+    if row.forwards > 0 && (!may_have || row.forwards as usize > reader.remaining() / FORWARD_ROW_BYTES) {
+        return Err(corrupt(format!("pack index: member {} has forwards it cannot have", row.number)));
+    }
+    let mut slots = member.slots;
+    for _ in 0..row.forwards {
+        let forward = ForwardRow::take(reader)?;
+        let last = u32::from(forward.first_slot) + u32::from(forward.slots_less_one);
+        let fits = last < PACK_SLOTS_MAX
+            && forward.target.pack().is_common()
+            && forward.target.plus(u32::from(forward.slots_less_one)).is_some();
+        let is_next = member.forwards.last().is_none_or(|before| {
+            let end = u32::from(before.first_slot) + before.count();
+            // Runs that could be one are not what the writer makes.
+            let joins =
+                end == u32::from(forward.first_slot) && before.target.plus(before.count()) == Some(forward.target);
+            end <= u32::from(forward.first_slot) && !joins
+        });
+        slots = slots.saturating_add(forward.count());
+        if !fits || !is_next || slots > PACK_SLOTS_MAX || forward.slots().any(|slot| member.frame_of(slot).is_some()) {
+            return Err(corrupt(format!("pack index: forward of slot {} is out of bounds", forward.first_slot)));
+        }
+        member.forwards.push(forward);
+    }
+    Ok(())
 }
 
 /// The key of a pack object in the folder of its VM.

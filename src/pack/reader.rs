@@ -188,6 +188,17 @@ impl Packs {
         }
     }
 
+    /// The same after looking at the log anew.
+    ///
+    /// # Errors
+    /// `Corrupt`, `Unavailable`.
+    pub fn relocate(&self, pack: PackNumber) -> Result<ObjectPlace> {
+        match self.finished(pack) {
+            Some(place) => Ok(place),
+            None => self.locate.relocate(pack),
+        }
+    }
+
     /// Does `work` on the object of a pack; when the object is gone because compaction moved the pack, once more
     /// on the new one (G4).
     fn with_object<T>(&self, pack: PackNumber, mut work: impl FnMut(&ObjectPlace) -> Result<T>) -> Result<T> {
@@ -196,10 +207,7 @@ impl Packs {
         for _ in 0..8 {
             match work(&place) {
                 Err(e) if e.kind() == ErrorKind::NotFound => {
-                    let now = match self.finished(pack) {
-                        Some(now) => now,
-                        None => self.locate.relocate(pack)?,
-                    };
+                    let now = self.relocate(pack)?;
                     if now.object == place.object {
                         return Err(Error::new(ErrorKind::Corrupt, format!("{}: is missing", place.key)).because(e));
                     }
@@ -267,6 +275,16 @@ impl Packs {
         let mut rest = out;
         while !rest.is_empty() {
             let wanted = rest.len().div_ceil(BLOCK_BYTES);
+            let forward = u16::try_from(slot).ok().and_then(|slot| member.forward_of(slot));
+            if let Some((target, blocks)) = forward {
+                // A run of forwards is a run of common slots: read as one.
+                let count = (blocks as usize).min(wanted);
+                let (piece, tail) = rest.split_at_mut((count * BLOCK_BYTES).min(rest.len()));
+                self.read_blocks(target, piece)?;
+                rest = tail;
+                slot += count as u32;
+                continue;
+            }
             let absent = || corrupt(format!("slot {slot} is not in pack {}", member.number));
             let at = u16::try_from(slot).ok().and_then(|s| member.frame_of(s)).ok_or_else(absent)?;
             let key = |at: usize| (place.incarnation, place.object, member.offsets.get(at).copied().unwrap_or(0));
@@ -445,8 +463,7 @@ impl Packs {
         self.with_object(pack, |place| {
             let index = self.index(place)?;
             let member = index.member(pack)?;
-            let Some(ordinal) = member.ordinal_of(slot.slot()) else { return Ok(None) };
-            let page = ordinal / crate::limits::SLOT_PAGE_FINGERPRINTS as u32;
+            let Some(page) = member.page_of(slot.slot()) else { return Ok(None) };
             let key = (place.incarnation, place.object, pack, page);
             if let Some(page) = self.caches.pages.get(&key) {
                 return Ok(Some(page));
@@ -468,6 +485,15 @@ impl Packs {
             let index = self.index(place)?;
             let member = index.member(first.pack())?;
             let last = u32::from(first.slot()) + blocks.saturating_sub(1);
+            for row in &member.forwards {
+                let (start, end) = (u32::from(row.first_slot), u32::from(row.first_slot) + row.count());
+                let (from, to) = (start.max(u32::from(first.slot())), end.min(last + 1));
+                if from < to
+                    && let Some((target, _)) = row.target_of(from as u16)
+                {
+                    self.will_need(target, to - from);
+                }
+            }
             let from = member.frames.partition_point(|f| u32::from(f.first_slot) + f.span() <= u32::from(first.slot()));
             let to = member.frames.partition_point(|f| u32::from(f.first_slot) <= last);
             let rows = member.frames.get(from..to).unwrap_or_default();

@@ -6,8 +6,8 @@ use crate::fingerprint::Fingerprint;
 use crate::limits::SLOT_PAGE_FINGERPRINTS;
 use crate::pack::Content;
 use crate::pack::frame::{Checksum, FrameRow};
-use crate::pack::index::{HEADER_BYTES, Identity, PackIndex, page_checksum};
-use crate::units::PackNumber;
+use crate::pack::index::{ForwardRow, HEADER_BYTES, Identity, MemberTail, PackIndex, page_checksum};
+use crate::units::{PackNumber, SlotId};
 
 /// A frame, compressed and ready to be appended.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ pub struct Finished {
     pub bytes: u64,
     /// Bytes of its index and trailer.
     pub tail_bytes: u32,
-    /// Present slots of every member.
+    /// Slots of every member: those present, and forwards.
     pub slots: Vec<(PackNumber, u32)>,
 }
 
@@ -41,6 +41,20 @@ struct Part {
     number: PackNumber,
     frames: Vec<FrameRow>,
     fingerprints: Vec<Fingerprint>,
+    forwards: Vec<ForwardRow>,
+    forward_fingerprints: Vec<Fingerprint>,
+}
+
+impl Part {
+    fn new(number: PackNumber) -> Self {
+        Self {
+            number,
+            frames: Vec::new(),
+            fingerprints: Vec::new(),
+            forwards: Vec::new(),
+            forward_fingerprints: Vec::new(),
+        }
+    }
 }
 
 /// A pack object that is being written. Nothing is visible before [`PackWriter::finish`].
@@ -59,7 +73,7 @@ impl PackWriter {
     pub fn create(backend: &dyn Backend, key: &Key, identity: Identity) -> Result<Self> {
         let mut upload = backend.create(key)?;
         upload.append(&identity.header())?;
-        let part = Part { number: identity.object.number, frames: Vec::new(), fingerprints: Vec::new() };
+        let part = Part::new(identity.object.number);
         Ok(Self { upload, identity, parts: vec![part], frames_bytes: 0 })
     }
 
@@ -76,7 +90,7 @@ impl PackWriter {
         match self.parts.last() {
             Some(last) if last.number >= number => Err(invalid(format!("pack members out of order: {number}"))),
             _ => {
-                self.parts.push(Part { number, frames: Vec::new(), fingerprints: Vec::new() });
+                self.parts.push(Part::new(number));
                 Ok(())
             }
         }
@@ -124,6 +138,23 @@ impl PackWriter {
         Ok(())
     }
 
+    /// A slot of the member that is being written leads to a common slot, which holds the block of `print`. To be
+    /// called in the order of slots.
+    ///
+    /// # Errors
+    /// `Invalid` for a target in a VM's pack.
+    pub fn forward(&mut self, slot: u16, target: SlotId, print: Fingerprint) -> Result<()> {
+        let Some(part) = self.parts.last_mut() else { return Err(invalid("pack without a member")) };
+        if !target.pack().is_common() {
+            return Err(invalid(format!("forward of slot {slot} into a VM's pack")));
+        }
+        if !part.forwards.last_mut().is_some_and(|last| last.extend(slot, target)) {
+            part.forwards.push(ForwardRow { first_slot: slot, slots_less_one: 0, target });
+        }
+        part.forward_fingerprints.push(print);
+        Ok(())
+    }
+
     /// Bytes of frames so far.
     pub fn frames_bytes(&self) -> u64 {
         self.frames_bytes
@@ -147,14 +178,16 @@ impl PackWriter {
         let mut bytes = HEADER_BYTES as u64 + self.frames_bytes;
         for part in self.parts {
             let mut checksums = Vec::new();
-            for (page, fingerprints) in part.fingerprints.chunks(SLOT_PAGE_FINGERPRINTS).enumerate() {
+            let pages = part.fingerprints.chunks(SLOT_PAGE_FINGERPRINTS);
+            let pages = pages.chain(part.forward_fingerprints.chunks(SLOT_PAGE_FINGERPRINTS));
+            for (page, fingerprints) in pages.enumerate() {
                 let table: Vec<u8> = fingerprints.iter().flat_map(|f| f.0).collect();
                 checksums.push(page_checksum(self.identity.incarnation, part.number, page as u32, &table));
                 bytes += table.len() as u64;
                 self.upload.append(&table)?;
             }
-            slots.push((part.number, part.fingerprints.len() as u32));
-            members.push((part.number, part.frames, checksums));
+            slots.push((part.number, (part.fingerprints.len() + part.forward_fingerprints.len()) as u32));
+            members.push(MemberTail { number: part.number, frames: part.frames, forwards: part.forwards, checksums });
         }
         let tail = PackIndex::encode_tail(&self.identity, &members);
         self.upload.append(&tail)?;

@@ -3,9 +3,10 @@
 //! ```text
 //!   Store ── caches, memory shares, clock
 //!     └── Backend (local folder; wrappers around it in tests)
-//!           vms/<vm>/{log,snapshots,packs}   derived/   config/   snapfs.toml
+//!           vms/<vm>/{log,snapshots,packs}   common/{log,packs,popular}   derived/   config/   snapfs.toml
 //! ```
 
+pub mod common;
 pub mod config;
 pub mod session;
 pub mod targets;
@@ -21,13 +22,15 @@ use crate::catalog::hold::HoldId;
 use crate::catalog::record::Attributes;
 use crate::catalog::roots::{read_root, root_key};
 use crate::catalog::state::{FileEntry, VmState};
-use crate::catalog::vm::Vm;
+use crate::catalog::vm::{COMMON_HOME, Vm, home_folder};
 use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, Result, corrupt, invalid, not_found};
 use crate::image::reader::Image;
 use crate::limits::{MEMORY_BYTES_DEFAULT, MEMORY_BYTES_MIN};
 use crate::name::{Reference, SnapshotName, VmName};
 use crate::pack::reader::{Caches, Packs};
+use crate::popular::current::CurrentIndex;
+use crate::store::common::Homes;
 use crate::store::config::{Settings, StoreConfig};
 use crate::store::targets::NewTargets;
 
@@ -40,6 +43,8 @@ pub struct MemoryShares {
     pub segments: usize,
     /// Maps of the clones that are open.
     pub map_bytes: u64,
+    /// The popular index.
+    pub popular_bytes: usize,
 }
 
 impl MemoryShares {
@@ -54,13 +59,19 @@ impl MemoryShares {
         let spare = cap_bytes - (MEMORY_BYTES_MIN - (32 << 20));
         let cache_bytes = usize::try_from(spare / 3).unwrap_or(usize::MAX);
         let segments = usize::try_from(spare / 3 / (2 << 20)).unwrap_or(usize::MAX).clamp(12, 4096);
-        Ok(Self { cache_bytes, segments, map_bytes: spare / 6 })
+        let popular_bytes = usize::try_from(spare / 5).unwrap_or(usize::MAX);
+        Ok(Self { cache_bytes, segments, map_bytes: spare / 8, popular_bytes })
     }
 }
 
 impl Default for MemoryShares {
     fn default() -> Self {
-        Self::of(MEMORY_BYTES_DEFAULT).unwrap_or(Self { cache_bytes: 48 << 20, segments: 24, map_bytes: 24 << 20 })
+        Self::of(MEMORY_BYTES_DEFAULT).unwrap_or(Self {
+            cache_bytes: 48 << 20,
+            segments: 24,
+            map_bytes: 20 << 20,
+            popular_bytes: 32 << 20,
+        })
     }
 }
 
@@ -75,11 +86,13 @@ pub struct Store {
     vms: Mutex<HashMap<String, Arc<Vm>>>,
     // Of a store in one folder: who gives it targets must know that nobody goes on writing to the folder alone.
     alone: Option<Box<dyn Guard>>,
+    common: Arc<Vm>,
+    popular: Arc<CurrentIndex>,
 }
 
 /// The key of a VM's lock.
 pub fn lock_key(vm: &str) -> Key {
-    Key::new(format!("vms/{vm}/write.lock"))
+    Key::new(format!("{}/write.lock", home_folder(vm)))
 }
 
 impl Store {
@@ -176,7 +189,20 @@ impl Store {
         shares: MemoryShares,
     ) -> Result<Self> {
         let caches = Arc::new(Caches::new(shares.cache_bytes));
-        Ok(Self { backend, derived, caches, clock, shares, config, vms: Mutex::default(), alone: None })
+        let common = Arc::new(Vm::new(COMMON_HOME, backend.clone(), clock.clone()));
+        let popular = Arc::default();
+        Ok(Self {
+            backend,
+            derived,
+            caches,
+            clock,
+            shares,
+            config,
+            vms: Mutex::default(),
+            common,
+            popular,
+            alone: None,
+        })
     }
 
     /// The same store, whose reading and writing is held to so many bytes a second. To be called before anything else.
@@ -184,6 +210,7 @@ impl Store {
     pub fn limited_to(mut self, bytes_per_second: u64) -> Self {
         self.backend = Arc::new(Limited::new(self.backend, self.clock.clone(), bytes_per_second));
         self.vms = Mutex::default();
+        self.common = Arc::new(Vm::new(COMMON_HOME, self.backend.clone(), self.clock.clone()));
         self
     }
 
@@ -293,9 +320,20 @@ impl Store {
         }
     }
 
-    /// The packs of a VM as a reader sees them.
+    /// The packs of a VM as a reader sees them, and the common ones.
     pub fn packs(&self, vm: &Arc<Vm>) -> Arc<Packs> {
-        Arc::new(Packs::new(self.backend.clone(), self.caches.clone(), vm.clone()))
+        let homes = Homes { vm: vm.clone(), common: self.common.clone() };
+        Arc::new(Packs::new(self.backend.clone(), self.caches.clone(), Arc::new(homes)))
+    }
+
+    /// The home of common packs, whether it is there or not. No I/O.
+    pub fn common_home(&self) -> &Arc<Vm> {
+        &self.common
+    }
+
+    /// The popular index that this process has in memory.
+    pub fn popular(&self) -> &Arc<CurrentIndex> {
+        &self.popular
     }
 
     /// The file that a reference means in a state.

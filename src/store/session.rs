@@ -1,23 +1,24 @@
 //! The writer of a VM: its lock, its begin record, the numbers it may use, and the similarity index.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use crate::backend::{Guard, Key};
+use crate::backend::{Backend, Guard, Key};
 use crate::catalog::record::{Op, PackEntry};
 use crate::catalog::state::VmState;
-use crate::catalog::vm::{Vm, fill_random, pack_key};
+use crate::catalog::vm::{COMMON_HOME, Vm, fill_random, home_folder, pack_key, title};
 use crate::error::{Error, Result, busy};
 use crate::fingerprint::Fingerprint;
-use crate::limits::SLOT_PAGE_FINGERPRINTS;
 use crate::pack::Content;
 use crate::pack::index::parse_object_name;
-use crate::pack::reader::{Packs, read_slot_page};
-use crate::popular::index::PopularIndex;
+use crate::pack::reader::{Packs, SlotPage, read_slot_page};
+use crate::popular::current::CurrentIndex;
+use crate::popular::index::{IndexIdentity, PopularIndex};
 use crate::similarity::SimilarityIndex;
+use crate::store::common::{PackHome, common_state, group_of};
 use crate::store::{Store, lock_key};
-use crate::units::{PackNumber, RecordNumber, Serial, SlotId, VmGroup};
+use crate::units::{Epoch, PackNumber, RecordNumber, Serial, SlotId, VmGroup};
 
 /// How often a lock that is held is tried, and the pause between: two seconds in all.
 const LOCK_TRIES: usize = 40;
@@ -32,8 +33,77 @@ pub struct Session {
     absent: HashSet<PackNumber>,
     similar: Mutex<Option<SimilarityIndex>>,
     group: VmGroup,
-    popular: Option<Arc<PopularIndex>>,
+    popular: PopularView,
     _lock: Box<dyn Guard>,
+}
+
+/// What somebody knows of the popular set. Of an epoch that comes later a writer learns when it begins again: until it
+/// ends, nothing goes that it may refer to (G6).
+pub struct PopularView {
+    /// Of the common home; `None` before the first common pack, and where its log is damaged.
+    state: Option<Arc<VmState>>,
+    current: Arc<CurrentIndex>,
+    backend: Arc<dyn Backend>,
+    memory_bytes_max: usize,
+    index: OnceLock<Option<Arc<PopularIndex>>>,
+}
+
+impl PopularView {
+    /// What is to be known now. Cost: a listing, and what is new in the log of the common home.
+    pub fn now(store: &Store) -> Self {
+        Self::of(store, known_common(store))
+    }
+
+    fn of(store: &Store, state: Option<Arc<VmState>>) -> Self {
+        Self {
+            state,
+            current: store.popular().clone(),
+            backend: store.backend().clone(),
+            memory_bytes_max: store.shares().popular_bytes,
+            index: OnceLock::new(),
+        }
+    }
+
+    fn epoch(&self) -> u64 {
+        self.state.as_ref().map_or(0, |state| state.popular.epoch)
+    }
+
+    /// Whether there are popular blocks: false without any I/O where there never was an election.
+    pub fn has_index(&self) -> bool {
+        self.index().is_some_and(|index| index.entries() > 0)
+    }
+
+    /// Whether a common slot may go soon (G6): nothing new may refer to it.
+    pub fn is_condemned(&self, slot: SlotId) -> bool {
+        let condemned = self.state.as_ref().map(|state| &state.popular.condemned.0);
+        slot.pack().is_common() && condemned.is_some_and(|condemned| condemned.contains(slot.0))
+    }
+
+    /// Common slots that may hold a block of this group and may be referred to: hints. Memory only, but for the index
+    /// when it is first wanted.
+    pub fn hints(&self, group: VmGroup, print: &Fingerprint) -> impl Iterator<Item = SlotId> + '_ {
+        let found: Vec<SlotId> = self.index().iter().flat_map(|index| index.candidates(group, print)).collect();
+        found.into_iter().filter(move |slot| !self.is_condemned(*slot))
+    }
+
+    /// The common slot that holds a block, its slot table says so.
+    pub fn find(&self, packs: &Packs, group: VmGroup, print: &Fingerprint) -> Option<SlotId> {
+        self.hints(group, print).find(|slot| {
+            // A hint that cannot be read is no hint.
+            let page = packs.page_of(*slot).ok().flatten();
+            page.and_then(|page| page.fingerprint_of(slot.slot())).as_ref() == Some(print)
+        })
+    }
+
+    /// The index of its epoch, loaded when it is first wanted.
+    fn index(&self) -> Option<&Arc<PopularIndex>> {
+        let load = || {
+            let state = self.state.as_ref().filter(|state| state.popular.index > 0)?;
+            let identity = IndexIdentity { incarnation: state.incarnation, epoch: Epoch(state.popular.index) };
+            self.current.get(&*self.backend, identity, self.memory_bytes_max)
+        };
+        self.index.get_or_init(load).as_ref()
+    }
 }
 
 struct Serials {
@@ -71,12 +141,22 @@ impl Session {
                 .session
                 .as_ref()
                 .map_or_else(String::new, |s| format!(" (began by process {} on {})", s.process, s.host));
-            return Err(busy(format!("VM {:?} is being written by another{holder}", vm.name())));
+            return Err(busy(format!("{} is being written by another{holder}", title(vm.name()))));
         };
         let mut holder = [0; 16];
         fill_random(&mut holder)?;
-        let begin = append_begin(vm, None, holder)?;
-        let absent = absent_packs(vm)?;
+        let is_common = vm.name() == COMMON_HOME;
+        let before = if is_common { None } else { known_common(store) };
+        let epoch = before.as_ref().map_or(0, |state| state.popular.epoch);
+        let begin = append_begin(vm, None, holder, epoch)?;
+        // An epoch that was published before the begin record could be seen by its collector counts for us.
+        let state = if is_common { None } else { known_common(store) };
+        let mut absent = absent_packs(vm)?;
+        if state.is_some() {
+            absent.extend(absent_packs(store.common_home())?);
+        }
+        let group = group_of(&vm.state().group);
+        let popular = PopularView::of(store, state);
         Ok(Self {
             vm: vm.clone(),
             packs: store.packs(vm),
@@ -84,8 +164,8 @@ impl Session {
             holder,
             absent,
             similar: Mutex::new(None),
-            group: VmGroup::default(),
-            popular: None,
+            group,
+            popular,
             _lock: guard,
         })
     }
@@ -113,8 +193,8 @@ impl Session {
         let place = self.packs.locate(entry.number)?;
         let pack = self.packs.index(&place)?;
         let member = pack.member(entry.number)?;
-        for page in 0..(member.slots as usize).div_ceil(SLOT_PAGE_FINGERPRINTS) {
-            let page = read_slot_page(&**self.packs.backend(), &place, member, page as u32)?;
+        for page in 0..member.pages() {
+            let page = read_slot_page(&**self.packs.backend(), &place, member, page)?;
             for (slot, print) in page.slots.iter().zip(&page.fingerprints) {
                 if let Some(hook) = print.hook() {
                     index.add(hook, SlotId::new(entry.number, *slot).0);
@@ -150,13 +230,14 @@ impl Session {
             Ok(index) => index,
             Err(_) => {
                 // All numbers of this begin record are used: begin again, as the same writer.
-                serials.begin = append_begin(&self.vm, Some(serials.begin), self.holder)?;
+                serials.begin = append_begin(&self.vm, Some(serials.begin), self.holder, self.popular.epoch())?;
                 serials.next = 0;
                 0
             }
         };
         serials.next += 1;
-        Ok(Serial::new(serials.begin, index))
+        let number = if self.vm.name() == COMMON_HOME { Serial::common } else { Serial::new };
+        Ok(number(serials.begin, index))
     }
 
     /// Appends a record as this writer: the fence.
@@ -176,7 +257,38 @@ impl Session {
 
     /// W6: the common slots that may hold the block of a fingerprint: hints. Memory only.
     pub fn popular_hints(&self, print: &Fingerprint) -> Vec<SlotId> {
-        self.popular.iter().flat_map(|index| index.candidates(self.group, print)).collect()
+        self.popular.hints(self.group, print).filter(|slot| !self.is_absent(slot.pack())).collect()
+    }
+
+    /// What it knows of the popular set.
+    pub fn popular(&self) -> &PopularView {
+        &self.popular
+    }
+
+    /// The page of a slot table around a slot, for matching: without what may not be referred to.
+    pub fn page_of(&self, slot: SlotId) -> Option<Arc<SlotPage>> {
+        if self.is_absent(slot.pack()) {
+            return None;
+        }
+        // A hint that cannot be read is no hint.
+        let page = self.packs.page_of(slot).ok().flatten()?;
+        let is_condemned = |slot: &u16| self.popular.is_condemned(SlotId::new(page.pack, *slot));
+        if !page.pack.is_common() || !page.slots.iter().any(is_condemned) {
+            return Some(page);
+        }
+        let kept = page.slots.iter().zip(&page.fingerprints).filter(|(slot, _)| !is_condemned(slot));
+        let (slots, fingerprints) = kept.map(|(slot, print)| (*slot, *print)).unzip();
+        Some(Arc::new(SlotPage { pack: page.pack, slots, fingerprints }))
+    }
+
+    /// The VM group whose blocks it may share.
+    pub fn group(&self) -> VmGroup {
+        self.group
+    }
+
+    /// The epoch of the popular set that it knows.
+    pub fn common_epoch(&self) -> u64 {
+        self.popular.epoch()
     }
 
     /// W9: remembers the hooks of blocks that were stored.
@@ -230,11 +342,33 @@ fn wait_for_lock(store: &Store, vm: &Vm) -> Result<Option<Box<dyn Guard>>> {
     store.backend().try_lock(&key)
 }
 
-fn append_begin(vm: &Vm, session: Option<RecordNumber>, holder: [u8; 16]) -> Result<RecordNumber> {
+impl PackHome for Session {
+    fn home(&self) -> &Arc<Vm> {
+        self.vm()
+    }
+
+    fn packs(&self) -> &Arc<Packs> {
+        &self.packs
+    }
+
+    fn next_serial(&self) -> Result<Serial> {
+        Self::next_serial(self)
+    }
+}
+
+/// The common home's state as far as it can be told. A writer that cannot read it matches nothing of other VMs.
+fn known_common(store: &Store) -> Option<Arc<VmState>> {
+    common_state(store.common_home()).unwrap_or_else(|e| {
+        log::warn!("blocks of other VMs are not found: {e}; run snapfs check");
+        None
+    })
+}
+
+fn append_begin(vm: &Vm, session: Option<RecordNumber>, holder: [u8; 16], common_epoch: u64) -> Result<RecordNumber> {
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let process = std::process::id();
     vm.append(session, |state| {
-        let op = Op::Begin { holder, host: host.clone(), process, common_epoch: 0 };
+        let op = Op::Begin { holder, host: host.clone(), process, common_epoch };
         Ok((vec![op], state.number.next()?))
     })
 }
@@ -242,7 +376,7 @@ fn append_begin(vm: &Vm, session: Option<RecordNumber>, holder: [u8; 16]) -> Res
 /// Packs whose object is not there in full length. Cost: one listing.
 fn absent_packs(vm: &Vm) -> Result<HashSet<PackNumber>> {
     let state = vm.state();
-    let rows = vm.backend().list(&Key::new(format!("vms/{}/packs", vm.name())))?;
+    let rows = vm.backend().list(&Key::new(format!("{}/packs", home_folder(vm.name()))))?;
     let there: HashMap<_, _> = rows.iter().filter_map(|r| Some((parse_object_name(&r.name)?, r.bytes))).collect();
     let mut absent = HashSet::new();
     for pack in state.packs.values() {

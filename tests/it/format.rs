@@ -22,20 +22,21 @@ use snapfs::clones::blocks::Blocks;
 use snapfs::clones::description::Description;
 use snapfs::clones::file::OsFile;
 use snapfs::clones::map::{CloneId, End, Entry, Header, Mask, load};
+use snapfs::cluster::job::{Job, ResultWriter};
 use snapfs::error::{Error, ErrorKind};
-use snapfs::fingerprint::{digest, fingerprint, short};
+use snapfs::fingerprint::{Fingerprint, digest, fingerprint, short};
 use snapfs::format::{ENVELOPE_BYTES, ObjectKind, VERSION, envelop, open_envelope};
 use snapfs::limits;
 use snapfs::name::VmName;
 use snapfs::pack::Content;
 use snapfs::pack::frame::{CODEC_RAW, CODEC_ZSTD, FRAME_ROW_BYTES, FrameRow, RECIPE_PREFIX_BYTES, join_slots};
-use snapfs::pack::index::{HEADER_BYTES, Identity, PackIndex, TRAILER_BYTES, parse_object_name};
+use snapfs::pack::index::{FORWARD_ROW_BYTES, HEADER_BYTES, Identity, PackIndex, TRAILER_BYTES, parse_object_name};
 use snapfs::pack::reader::check_of;
 use snapfs::pack::writer::{PackWriter, PackedFrame};
 use snapfs::popular::index::{
     IndexBuilder, IndexIdentity, POPULAR_ENTRY_BYTES, POPULAR_HEADER_BYTES, POPULAR_PACK_BYTES, PopularIndex, index_key,
 };
-use snapfs::recipe::{Extent, GroupPage, GroupRef, Place, Recipe, RootPage, Tally};
+use snapfs::recipe::{Extent, GroupPage, GroupRef, Place, Recipe, RootPage, SlotSet, Tally};
 use snapfs::store::config::{self, ConfigRecord, Replicas, Settings, StoreConfig, TargetRow};
 use snapfs::store::targets::TargetFile;
 use snapfs::store::{MemoryShares, Store};
@@ -50,6 +51,7 @@ const FILE: Serial = Serial(0x2_0000);
 const DATA_PACK: Serial = Serial(0x2_0001);
 const RECIPE_PACK: Serial = Serial(0x2_0002);
 const ROOT: Serial = Serial(0x2_0003);
+const COMMON_PACK: Serial = Serial(0x8000_0002_0000);
 const STORE: &str = "00112233445566778899aabbccddeeff";
 
 /// The hex blocks of the page, by name. A `#` begins a comment.
@@ -379,6 +381,8 @@ fn every_op_is_as_written() {
         object_bytes: 700,
         tail_bytes: 200,
     };
+    let brought =
+        PackEntry { number: COMMON_PACK, object: first(COMMON_PACK), object_bytes: 301, tail_bytes: 189, ..moved };
     let changes = Changes { mode: Some(0o750), mtime: Some(BEGAN), ..Changes::default() };
     let disk = || "xvda".to_owned();
     let rename =
@@ -395,6 +399,11 @@ fn every_op_is_as_written() {
         ("op-move", Op::Move { packs: vec![moved], dead: vec![first(DATA_PACK)] }),
         ("op-drop", Op::Drop { packs: vec![DATA_PACK], roots: vec![ROOT] }),
         ("op-deleted", Op::Deleted {}),
+        ("op-join", Op::Join { host: "host1".into(), process: 4242 }),
+        ("op-bring", Op::Bring { group: VmGroup::default(), packs: vec![brought] }),
+        ("op-publish", Op::Publish { epoch: 1, index: 1, condemned: SlotSet([SlotId::new(COMMON_PACK, 0).0].into()) }),
+        ("op-fence", Op::Fence { before: RecordNumber(2) }),
+        ("op-group", Op::Group { name: "tenant".into() }),
     ];
     let mut tags: Vec<u8> = records().iter().map(|(_, r)| encode(&r.ops[0])[0]).collect();
     for (name, op) in ops {
@@ -404,8 +413,8 @@ fn every_op_is_as_written() {
     }
     tags.sort_unstable();
     // A new op needs an example, too: the first tag without one is not known.
-    assert_eq!(tags, (1..=14).collect::<Vec<u8>>());
-    assert!(decode::<Op>(&[16]).unwrap_err().to_string().contains("unknown tag"));
+    assert_eq!(tags, (1..=19).collect::<Vec<u8>>());
+    assert!(decode::<Op>(&[20]).unwrap_err().to_string().contains("unknown tag"));
 }
 
 #[test]
@@ -466,6 +475,24 @@ fn packs_are_as_written() {
     assert_eq!((row.first_slot, row.span(), row.codec, payload.len()), (0, 1, CODEC_RAW, row.raw_bytes as usize));
 }
 
+#[test]
+fn a_pack_of_forwards_is_as_written() {
+    let memory = Memory::new();
+    let object = ObjectId { number: DATA_PACK, generation: Generation(7) };
+    let identity = Identity { incarnation: INCARNATION, object, content: Content::Data };
+    let mut writer = PackWriter::create(&memory, &pack_key("web01", object), identity).unwrap();
+    let target = SlotId::new(COMMON_PACK, 0);
+    writer.forward(0, target, fingerprint(&image_block())).unwrap();
+    let done = writer.finish().unwrap();
+    let bytes = memory.objects().remove(pack_key("web01", object).as_str()).unwrap();
+    same("pack-forwards", &bytes);
+    let tail = &bytes[bytes.len() - done.tail_bytes as usize..];
+    let index = PackIndex::decode_tail(tail, bytes.len() as u64).unwrap();
+    let member = index.member(DATA_PACK).unwrap();
+    assert_eq!((member.slots, member.all_slots(), member.forward_of(0)), (0, 1, Some((target, 1))));
+    assert_eq!((member.forward_of(1), member.page_of(0), member.pages()), (None, Some(0), 1));
+}
+
 /// The strongest proof: the page's objects, as they stand there, are a store.
 #[test]
 fn the_examples_are_a_store() {
@@ -505,6 +532,21 @@ fn a_popular_index_is_as_written() {
     same("popular-index", &bytes);
     assert_eq!(PopularIndex::decode(&bytes).unwrap().encode(), bytes);
     assert_eq!(index_key(Epoch(1)).as_str(), "common/popular/0000000001.popular");
+}
+
+#[test]
+fn job_objects_are_as_written() {
+    let id = Job::id_of(&[b"example", b"1"]);
+    let job = Job { id, key: Fingerprint([7; 32]), partitions: 2, body: b"body".to_vec() };
+    same("job", &job.to_object());
+    assert_eq!(Job::from_object(&block("job")).unwrap(), job);
+    assert_eq!(Job::key_of(id).as_str(), "derived/jobs/f1165823df3aa10847fcce05d101eeb9/job");
+    let memory = Memory::default();
+    let mut writer = ResultWriter::create(&memory, &job, 1, 5).unwrap();
+    writer.add(b"hello").unwrap();
+    writer.finish().unwrap();
+    same("partition-result", &memory.read_all(&job.partition_key(1), 1 << 20).unwrap());
+    assert_eq!(job.partition_key(1).as_str(), "derived/jobs/f1165823df3aa10847fcce05d101eeb9/00001.partition");
 }
 
 /// Rows of the tables whose first cell is a name in backquotes and whose second is a number.
@@ -547,6 +589,8 @@ fn limits_and_sizes_are_as_written() {
         ("HEADER_BYTES", HEADER_BYTES as u64),
         ("TRAILER_BYTES", TRAILER_BYTES as u64),
         ("FRAME_ROW_BYTES", FRAME_ROW_BYTES as u64),
+        ("FORWARD_ROW_BYTES", FORWARD_ROW_BYTES as u64),
+        ("CONDEMNED_SLOTS_MAX", limits::CONDEMNED_SLOTS_MAX),
         ("RECIPE_PREFIX_BYTES", RECIPE_PREFIX_BYTES as u64),
         ("VERSION", u64::from(VERSION)),
         ("POPULAR_ENTRIES_MAX", limits::POPULAR_ENTRIES_MAX),

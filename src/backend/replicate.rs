@@ -221,7 +221,13 @@ impl Replicated {
 
     fn note_bad(&self, key: &Key, failed: &[(Target, Error)]) {
         for (target, error) in failed {
-            if !matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::NotFound) {
+            // While objects move, one that is not at its home yet is nothing bad.
+            let is_bad = match error.kind() {
+                ErrorKind::Corrupt => true,
+                ErrorKind::NotFound => !self.layout().is_moving,
+                _ => false,
+            };
+            if !is_bad {
                 continue;
             }
             let mut bad = held(&self.bad);
@@ -289,7 +295,9 @@ impl Replicated {
             // A record that is missing may have been deleted just now.
             let is_bad = match error.kind() {
                 ErrorKind::Corrupt => true,
-                ErrorKind::NotFound => !is_log(key.as_str()) && !key.as_str().contains("/holds/"),
+                ErrorKind::NotFound => {
+                    !is_log(key.as_str()) && !key.as_str().contains("/holds/") && !self.layout().is_moving
+                }
                 _ => false,
             };
             if !is_bad {

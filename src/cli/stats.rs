@@ -79,6 +79,8 @@ struct Report {
     total: Usage,
     /// What VMs share: common packs, popular indexes and their log.
     common_bytes: u64,
+    /// Targets that are not there, of a store over several: what they hold is missing one copy.
+    targets_away: Vec<String>,
 }
 
 impl Usage {
@@ -147,7 +149,15 @@ impl Stats {
     /// `NotFound` for a VM that is not there, `Unavailable`, `Denied`. Damage is told, and the rest is shown.
     pub fn run(&self) -> Outcome {
         let store = self.store.open()?;
-        let mut report = Report { vms: Vec::new(), total: Usage::default(), common_bytes: common_bytes(&store)? };
+        let layout = store.backend().replicated().map(|replicated| replicated.layout());
+        let targets = layout.iter().flat_map(|layout| &layout.targets);
+        let away = targets.filter(|(target, _)| !target.is_there());
+        let mut report = Report {
+            vms: Vec::new(),
+            total: Usage::default(),
+            common_bytes: common_bytes(&store)?,
+            targets_away: away.map(|(target, _)| target.name().to_owned()).collect(),
+        };
         let mut code = DONE;
         let names = match &self.vm {
             Some(vm) => vec![vm_name(vm)?],

@@ -142,7 +142,8 @@ pub fn heal(replicated: &Replicated, place: &ObjectPlace) -> Result<u64> {
             Ok(()) => {
                 healed += 1;
                 replicated.is_healed(&place.key, target.id());
-                log::warn!("{}: the bad copy on {} is replaced: {why}", place.key, target.name());
+                let level = if why.kind() == ErrorKind::NotFound { log::Level::Info } else { log::Level::Warn };
+                log::log!(level, "{}: the bad copy on {} is replaced: {why}", place.key, target.name());
             }
             Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::NotFound) && found.whole.is_empty() => {
                 return Err(e.as_kind(ErrorKind::Corrupt));

@@ -61,6 +61,36 @@ fn every_command_has_help_with_an_example() {
 }
 
 #[test]
+fn targets_are_made_listed_added_and_removed() {
+    let place = Place::without_store();
+    place.snapfs("init many --target one --target two --vm-replicas 3").fails(2, "replicas");
+    place.snapfs("init many --target s3://bucket/x").fails(2, "s3");
+    place.snapfs("init many --target one --target one").fails(1, "twice");
+    place.snapfs("init many --target one --target two").ok();
+    place.write("a.img", &image(1, 1));
+    place.snapfs("backup many web01/a.img a.img").ok();
+    let list = place.snapfs("target many list --json").ok().text();
+    assert_eq!(list.matches("\"state\": \"ok\"").count(), 2, "{list}");
+    place.snapfs("target many add").fails(2, "URL");
+    place.snapfs("target many set").fails(2, "nothing");
+    place.snapfs("target many list one").fails(2, "URL");
+    place.snapfs("target many add three").ok();
+    place.snapfs("target many remove one").ok();
+    place.snapfs("target many remove one").fails(3, "no target");
+    place.snapfs("target many remove two").fails(1, "replicas");
+    place.snapfs("target many set --vm-replicas 1 --common-replicas 1").ok();
+    place.snapfs("target many settle --json").ok();
+    place.snapfs("check many --read-data --repair").ok();
+    let list = place.snapfs("target many list").ok().text();
+    assert!(!list.contains("/one") && list.contains("/two") && list.contains("/three"), "{list}");
+    place.snapfs("restore many web01/a.img b.img").ok();
+    place.snapfs("init plain").ok();
+    let list = place.snapfs("target plain list").ok().text();
+    assert!(list.contains("one folder"), "{list}");
+    place.snapfs("target plain remove two").fails(1, "no targets");
+}
+
+#[test]
 fn exit_codes_are_those_of_the_table() {
     let place = Place::new();
     place.write("a.img", &image(1, 1));

@@ -31,6 +31,7 @@ pub mod show;
 pub mod stats;
 pub mod store_arg;
 pub mod supervisor;
+pub mod target;
 pub mod umount;
 pub mod unclone;
 
@@ -160,6 +161,9 @@ enum Command {
     /// Show what the store holds and what it saves
     #[command(after_help = stats::EXAMPLES)]
     Stats(stats::Stats),
+    /// List, add or remove the targets of a store: the folders that hold its objects
+    #[command(after_help = target::EXAMPLES)]
+    Target(target::Target),
     /// Make a block device of a snapshot
     #[command(after_help = attach::EXAMPLES)]
     Attach(attach::Attach),
@@ -362,6 +366,7 @@ fn run(args: Vec<OsString>) -> u8 {
         Command::Popular(command) => command.run(),
         Command::Check(command) => command.run(),
         Command::Stats(command) => command.run(),
+        Command::Target(command) => command.run(),
         Command::Attach(command) => command.run(),
         Command::Detach(command) => command.run(),
         Command::Reap(command) => command.run(),

@@ -33,6 +33,7 @@ mod mount;
 mod mount_helper;
 mod popular;
 mod power;
+mod targets;
 mod whole;
 mod world;
 mod xen;

@@ -292,7 +292,7 @@ impl Run<'_> {
     ) -> Result<()> {
         let there = whole(state, present(packs, state)?);
         let plan = Plan::of_known(packs, state, there - gone);
-        Collector::new(self.session, self.options, report.clone(), progress).run_planned(state, plan, report)
+        Collector::new(self.session, self.options, None, report.clone(), progress).run_planned(state, plan, report)
     }
 
     /// Objects that the log does not know, of writers that joined before a record.

@@ -21,7 +21,7 @@ use crate::world::{Rng, World, get, name, noise, put};
 
 const BLOCK: usize = 4096;
 const MIB: usize = 1 << 20;
-const FULL: CheckOptions = CheckOptions { read_data: true, sample_percent: None };
+const FULL: CheckOptions = CheckOptions { read_data: true, sample_percent: None, repair: false };
 
 fn bytes_below(world: &World, prefix: &str) -> usize {
     world.memory.objects().iter().filter(|(key, _)| key.starts_with(prefix)).map(|(_, bytes)| bytes.len()).sum()

@@ -36,12 +36,25 @@ pub enum ObjectKind {
     Hold = 6,
     /// A popular index.
     Popular = 7,
+    /// The description of a job that several hosts work on.
+    Job = 8,
+    /// What a job found out about one partition.
+    Partition = 9,
 }
 
 impl ObjectKind {
     /// Every kind that there is in this version.
-    pub const ALL: [Self; 7] =
-        [Self::Record, Self::Root, Self::Pack, Self::Config, Self::Checkpoint, Self::Hold, Self::Popular];
+    pub const ALL: [Self; 9] = [
+        Self::Record,
+        Self::Root,
+        Self::Pack,
+        Self::Config,
+        Self::Checkpoint,
+        Self::Hold,
+        Self::Popular,
+        Self::Job,
+        Self::Partition,
+    ];
 }
 
 /// The 16 bytes that magic, kind, version and features take at the start of every object.
@@ -87,16 +100,6 @@ pub fn envelop(kind: ObjectKind, body: &[u8]) -> Vec<u8> {
     let length = (body.len() as u64).to_le_bytes();
     let checksum = short(b"snapfs object", &[&preamble, &length, body]);
     [&preamble[..], &length, &checksum, body].concat()
-}
-
-/// Checks an object of any kind that was made by [`envelop`]; which kind it is.
-///
-/// # Errors
-/// As [`open_envelope`].
-pub fn open_any_envelope(bytes: &[u8]) -> Result<ObjectKind> {
-    let told = bytes.get(8..10).and_then(|kind| kind.first_chunk::<2>()).map(|kind| u16::from_le_bytes(*kind));
-    let kind = ObjectKind::ALL.into_iter().find(|kind| Some(*kind as u16) == told).unwrap_or(ObjectKind::Record);
-    open_envelope(kind, bytes).map(|_| kind)
 }
 
 /// The body of an object made by [`envelop`].

@@ -14,7 +14,9 @@ use crate::cli::mount_options::MountOptions;
 use crate::clones::description::Description;
 use crate::clones::file::LocalFile;
 use crate::clones::map::{ENTRY_BYTES, Entry as MapEntry, Header, load};
+use crate::cluster::job::{Job, decode_result};
 use crate::error::{Result, corrupt, unsupported};
+use crate::fingerprint::Fingerprint;
 use crate::format::{ObjectKind, envelop, open_envelope};
 use crate::ingest::change_map::ChangeMap;
 use crate::ingest::partition::{FIRST_BYTES, grid_phase};
@@ -43,6 +45,8 @@ pub const ALL: &[(&str, Entry)] = &[
     ("pack_tail", pack_tail),
     ("frame", frame),
     ("popular_index", popular_index),
+    ("job", job),
+    ("partition_result", partition_result),
     ("config_text", config_text),
     ("change_map", change_map),
     ("partition_table", partition_table),
@@ -215,6 +219,36 @@ pub fn popular_index(bytes: &[u8]) {
         assert!(index.slots().all(|slot| slot.pack().is_common()), "popular index: a slot of a VM");
         let again = index.retain(|_| true).and_then(|builder| builder.encode(index.identity()));
         assert!(again.is_ok_and(|again| again == bytes), "popular index: other bytes are built");
+    }
+}
+
+/// The description of a job.
+pub fn job(bytes: &[u8]) {
+    if let Ok(job) = Job::from_object(bytes) {
+        assert!(job.to_object() == bytes, "job: other bytes come back");
+    }
+}
+
+/// What a job found out about a partition: the job is the one that the bytes name.
+pub fn partition_result(bytes: &[u8]) {
+    let part = |from: usize| bytes.get(from..).and_then(|rest| rest.first_chunk::<4>()).copied().unwrap_or_default();
+    let id = bytes.get(16..).and_then(|rest| rest.first_chunk()).copied().unwrap_or_default();
+    let row_bytes = u32::from_le_bytes(part(52)).clamp(1, 1024) as usize;
+    let mut rest = bytes;
+    let mut feed = |out: &mut [u8]| {
+        let (now, later) = rest.split_at_checked(out.len()).ok_or_else(|| corrupt("ends early"))?;
+        out.copy_from_slice(now);
+        rest = later;
+        Ok(())
+    };
+    let mut rows = 0;
+    let mut take = |row: &[u8]| {
+        rows += row.len();
+        Ok(())
+    };
+    let partition = u32::from_le_bytes(part(48));
+    if decode_result(&mut feed, Fingerprint(id), partition, row_bytes, &mut take).is_ok() {
+        assert!(rows <= bytes.len(), "partition result: more rows than bytes");
     }
 }
 

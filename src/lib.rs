@@ -13,6 +13,8 @@ pub mod fs;
 
 pub mod elect;
 
+pub mod batch;
+
 pub mod ingest;
 
 pub mod check;
@@ -24,6 +26,8 @@ pub mod clones;
 pub mod store;
 
 pub mod image;
+
+pub mod cluster;
 
 pub mod catalog;
 

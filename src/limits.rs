@@ -106,6 +106,66 @@ pub const MEMORY_BYTES_MIN: u64 = 128 << 20;
 /// Segments that one ingest works on at a time (8 MiB): enough to keep two cores busy, twice in memory.
 pub const BATCH_SEGMENTS: usize = 4;
 
+/// Hosts of a job: each has a connection to each, with about 3 MiB of buffers at both ends.
+pub const HOSTS_MAX: usize = 256;
+
+/// Threads of a host that work on a job: each adds a worker to the dataflow of all hosts.
+pub const JOB_THREADS_MAX: usize = 16;
+
+/// How long a job waits for a host to come up: people start them one after another.
+pub const HOST_START_SECONDS: u64 = 120;
+
+/// A host that gave no sign of life for so long is stuck. It gives one each second, whatever it works on.
+pub const HOST_SILENCE_SECONDS: u64 = 30;
+
+/// Pause between two tries to reach a host that is not up yet.
+pub const HOST_RETRY_MS: u64 = 50;
+
+/// Memory of a job on one host: sort buffer, pages of the spill file, chunks on their way.
+pub const JOB_MEMORY_BYTES: u64 = 32 << 20;
+
+/// The least memory for a job: below, its buffers are too small to work.
+pub const JOB_MEMORY_BYTES_MIN: u64 = 1 << 20;
+
+/// Images of a batch: each has some files open on its host.
+pub const BATCH_LINES_MAX: usize = 1 << 16;
+
+/// Rounds of a batch: more would only be overhead.
+pub const BATCH_ROUNDS_MAX: usize = 256;
+
+/// Rows of one partition that a job aims at (5.5 MiB): they are sorted in memory with room to spare.
+pub const PARTITION_ROWS: u64 = 1 << 17;
+
+/// Partitions of a job: their pages in memory are 4 KiB at the least, divided among all workers.
+pub const PARTITIONS_MAX: u32 = 1 << 14;
+
+/// Bytes of rows that are sent at a time, at the most: large enough that a message costs little.
+pub const CHUNK_BYTES_MAX: usize = 64 << 10;
+
+/// The least bytes of rows that are sent at a time.
+pub const CHUNK_BYTES_MIN: usize = 4 << 10;
+
+/// Chunks of one worker that are on their way at a time: what bounds the memory of those that receive them.
+pub const CHUNKS_IN_FLIGHT: u64 = 4;
+
+/// A page of a spill file, at the most: a partition that is read back costs so few seeks.
+pub const SPILL_PAGE_BYTES_MAX: usize = 256 << 10;
+
+/// The least bytes of a page of a spill file.
+pub const SPILL_PAGE_BYTES_MIN: usize = 4 << 10;
+
+/// A frame between two hosts has at most 1 MiB: it is checked as a whole before anything of it is used.
+pub const LINK_FRAME_BYTES_MAX: usize = 1 << 20;
+
+/// A message of the dataflow has at most 16 MiB; a chunk has 64 KiB, messages of progress far less.
+pub const LINK_MESSAGE_BYTES_MAX: u64 = 16 << 20;
+
+/// The description of a job has at most 64 MiB: it is read whole by every host.
+pub const JOB_BYTES_MAX: u64 = 64 << 20;
+
+/// Bytes of a row of a partition's result, at the most.
+pub const RESULT_ROW_BYTES_MAX: usize = 1 << 10;
+
 /// Bytes kept aside so that forget and collect work on a full disk.
 pub const RESERVE_BYTES: u64 = 4 << 20;
 

@@ -684,7 +684,9 @@ impl Upload for Writing {
         place.calls.sync(&self.file).map_err(|cause| failed(key, cause))?;
         let name = || match &self.temporary {
             None => place.link_unnamed(&self.file, key.as_str()),
-            Some(temporary) if self.is_over => fs::renameat(&place.top, &temporary.path, &place.top, key.as_str()),
+            Some(temporary) if self.is_over => {
+                place.calls.rename(&place.top, &temporary.path, key.as_str(), fs::RenameFlags::empty())
+            }
             Some(temporary) => place.rename_temporary(&temporary.path, key.as_str()),
         };
         let mut outcome = name();

@@ -2,6 +2,7 @@
 
 pub mod attach;
 pub mod backup;
+pub mod batch;
 pub mod check;
 pub mod clone;
 pub mod clone_place;
@@ -30,6 +31,7 @@ pub mod show;
 pub mod stats;
 pub mod store_arg;
 pub mod supervisor;
+pub mod target;
 pub mod umount;
 pub mod unclone;
 
@@ -123,6 +125,9 @@ enum Command {
     /// Back up a file, a block device or standard input as a new snapshot
     #[command(after_help = backup::EXAMPLES)]
     Backup(backup::Backup),
+    /// Back up many images at once, on one or several hosts, each distinct block once
+    #[command(after_help = batch::EXAMPLES)]
+    Batch(batch::Batch),
     /// Restore a snapshot to a file, a block device or standard output
     #[command(after_help = restore::EXAMPLES)]
     Restore(restore::Restore),
@@ -156,6 +161,9 @@ enum Command {
     /// Show what the store holds and what it saves
     #[command(after_help = stats::EXAMPLES)]
     Stats(stats::Stats),
+    /// List, add or remove the targets of a store: the folders that hold its objects
+    #[command(after_help = target::EXAMPLES)]
+    Target(target::Target),
     /// Make a block device of a snapshot
     #[command(after_help = attach::EXAMPLES)]
     Attach(attach::Attach),
@@ -346,6 +354,7 @@ fn run(args: Vec<OsString>) -> u8 {
         Command::Mount(command) => command.run(),
         Command::Umount(command) => command.run(),
         Command::Backup(command) => command.run(),
+        Command::Batch(command) => command.run(),
         Command::Restore(command) => command.run(),
         Command::List(command) => command.run(),
         Command::Show(command) => command.run(),
@@ -357,6 +366,7 @@ fn run(args: Vec<OsString>) -> u8 {
         Command::Popular(command) => command.run(),
         Command::Check(command) => command.run(),
         Command::Stats(command) => command.run(),
+        Command::Target(command) => command.run(),
         Command::Attach(command) => command.run(),
         Command::Detach(command) => command.run(),
         Command::Reap(command) => command.run(),

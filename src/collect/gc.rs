@@ -12,6 +12,7 @@ use roaring::RoaringBitmap;
 use serde::Serialize;
 
 use crate::backend::Key;
+use crate::backend::replicate::Replicated;
 use crate::catalog::record::{Dead, Op, PackEntry};
 use crate::catalog::roots::{parse_root_name, root_key};
 use crate::catalog::state::VmState;
@@ -431,7 +432,9 @@ impl<'a> Collector<'a> {
                 return Err(changed(&self.vm));
             }
             let mut ops = change(state)?;
-            let all_gone = state.dropping.iter().all(|dead| self.deleted.contains(dead));
+            // A target that is away keeps its copies: they are deleted when it is back.
+            let is_whole = self.vm.backend().replicated().is_none_or(Replicated::is_whole);
+            let all_gone = is_whole && state.dropping.iter().all(|dead| self.deleted.contains(dead));
             if !ops.is_empty() && !state.dropping.is_empty() && all_gone {
                 ops.insert(0, Op::Deleted {});
             }

@@ -208,7 +208,11 @@ fn early_checks(store: &Store, name: &SnapshotName, options: &BackupOptions) -> 
     }
 }
 
-fn refuse_taken_name(state: &VmState, name: &SnapshotName) -> Result<()> {
+/// Refuses a name that something has.
+///
+/// # Errors
+/// `Exists`.
+pub fn refuse_taken_name(state: &VmState, name: &SnapshotName) -> Result<()> {
     let (disk, file) = disk_and_file(name);
     let taken = match (&disk, state.find(disk.as_deref(), &file)) {
         (_, Some(_)) => "exists already",
@@ -275,11 +279,7 @@ impl Work<'_> {
         };
         let grid = match &parent_root {
             Some(root) => root.grid(),
-            None => {
-                let mut first = vec![0; FIRST_BYTES.min(usize::try_from(bytes).unwrap_or(usize::MAX))];
-                source.read_at(0, &mut first)?;
-                Grid::with_phase(grid_phase(&first, bytes))
-            }
+            None => grid_of(&source, bytes)?,
         };
         if let (Some(_), Some(root)) = (&options.changed, &parent_root)
             && root.image_bytes != bytes
@@ -421,20 +421,13 @@ fn read_file(source: &Source, grid: Grid, bytes: u64, unread: Option<&Unread>, b
         let last = SegmentIndex::holding(grid.offset(end - 1));
         for segment in first.0..=last.0 {
             let segment = SegmentIndex(segment);
-            let from = grid.image_offset(segment.grid_offset());
             let to = grid.image_offset(segment.grid_offset() + SEGMENT_BYTES as u64).min(bytes);
             at = to;
             if unread.is_some_and(|u| u.taken.contains(segment.0)) {
                 continue;
             }
             let mut buffer = batcher.buffers.buffer();
-            let skip = (grid.offset(from) - segment.grid_offset()) as usize;
-            let count = (to - from) as usize;
-            let (lead, rest) = buffer.split_at_mut(skip);
-            let (part, rest) = rest.split_at_mut(count);
-            lead.fill(0);
-            rest.fill(0);
-            read_data(source, from, part)?;
+            read_segment(source, grid, bytes, segment, &mut buffer)?;
             if let Some(parent) = unread.and_then(|u| u.to_verify.get(&segment.0)) {
                 verify_unchanged(*parent, &buffer, segment)?;
             }
@@ -446,6 +439,31 @@ fn read_file(source: &Source, grid: Grid, bytes: u64, unread: Option<&Unread>, b
     }
     verify_holes(unread, source, grid, bytes)?;
     batcher.flush(bytes)
+}
+
+/// Reads a segment of a source of `bytes` bytes into `buffer`, which has the size of one: zeros where the image has
+/// none of it, or a hole.
+///
+/// # Errors
+/// As [`Source::read_at`].
+pub fn read_segment(source: &Source, grid: Grid, bytes: u64, segment: SegmentIndex, buffer: &mut [u8]) -> Result<()> {
+    let from = grid.image_offset(segment.grid_offset());
+    let to = grid.image_offset(segment.grid_offset() + SEGMENT_BYTES as u64).min(bytes);
+    let skip = (grid.offset(from) - segment.grid_offset()) as usize;
+    let count = to.saturating_sub(from) as usize;
+    buffer.get_mut(..skip).unwrap_or_default().fill(0);
+    buffer.get_mut(skip + count..).unwrap_or_default().fill(0);
+    read_data(source, from, buffer.get_mut(skip..skip + count).unwrap_or_default())
+}
+
+/// The grid of a source that has no parent: by where its first partition begins.
+///
+/// # Errors
+/// As [`Source::read_at`].
+pub fn grid_of(source: &Source, bytes: u64) -> Result<Grid> {
+    let mut first = vec![0; FIRST_BYTES.min(usize::try_from(bytes).unwrap_or(usize::MAX))];
+    source.read_at(0, &mut first)?;
+    Ok(Grid::with_phase(grid_phase(&first, bytes)))
 }
 
 /// Reads a range: data from the source, zeros where it has holes.

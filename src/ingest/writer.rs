@@ -203,14 +203,25 @@ impl Writer {
         prints: &[Option<Fingerprint>],
     ) -> Result<Place> {
         let plan = self.plan(parent, prints);
+        self.store_planned(bytes, digest, prints, &plan).map(|(place, _)| place)
+    }
+
+    /// W7 for one changed segment; `bytes` may be empty when nothing of it is new.
+    fn store_planned(
+        &mut self,
+        bytes: &[u8],
+        digest: Fingerprint,
+        prints: &[Option<Fingerprint>],
+        plan: &Plan,
+    ) -> Result<(Place, Vec<Option<SlotId>>)> {
         let mut slots: Vec<Option<SlotId>> = Vec::with_capacity(plan.origins.len());
         let mut fresh = Vec::new();
-        let blocks = bytes.chunks(BLOCK_BYTES).zip(prints).zip(&plan.origins);
-        for ((block, print), origin) in blocks {
-            let slot = match (origin, print) {
-                (Origin::Held(slot), _) => Some(*slot),
-                (Origin::Repeats(first), _) => slots.get(usize::from(*first)).copied().flatten(),
-                (Origin::New, Some(print)) => {
+        for (at, (print, origin)) in prints.iter().zip(&plan.origins).enumerate() {
+            let block = bytes.get(at * BLOCK_BYTES..(at + 1) * BLOCK_BYTES);
+            let slot = match (origin, print, block) {
+                (Origin::Held(slot), ..) => Some(*slot),
+                (Origin::Repeats(first), ..) => slots.get(usize::from(*first)).copied().flatten(),
+                (Origin::New, Some(print), Some(block)) => {
                     let slot = self.data.store(block, *print)?;
                     fresh.push((slot, *print));
                     Some(slot)
@@ -222,7 +233,43 @@ impl Writer {
         self.tally.add(&plan.tally);
         // W9 in memory: the rest of this snapshot may refer to what was just stored.
         self.session.remember(fresh);
-        self.recipes.store(Recipe::from_slots(digest, &slots).encode())
+        let place = self.recipes.store(Recipe::from_slots(digest, &slots).encode())?;
+        Ok((place, slots))
+    }
+
+    /// W5-W7 for a segment of which digest and fingerprints are known already: `hints` has for each block a slot that may
+    /// hold it, which counts when its slot table says so; where none does, the block is new. `read` is asked for the
+    /// segment only if something is new; `None` from it gives `None`. Returns the recipe's place and each block's slot.
+    ///
+    /// # Errors
+    /// As [`Writer::take`]; those of `read`.
+    pub fn take_known(
+        &mut self,
+        digest: Fingerprint,
+        prints: &[Option<Fingerprint>],
+        hints: &[Option<SlotId>],
+        read: &mut dyn FnMut() -> Result<Option<Vec<u8>>>,
+    ) -> Result<Option<(Place, Vec<Option<SlotId>>)>> {
+        let mut held = Held::default();
+        let hinted: Vec<SlotId> = hints.iter().flatten().copied().collect();
+        self.add_pages(&mut held, &hinted, SEGMENT_BLOCKS);
+        let plan = plan(prints, &[], &held, self.session.begin_record());
+        let bytes = match plan.tally.blocks_new {
+            0 => Vec::new(),
+            _ => match read()? {
+                Some(bytes) => bytes,
+                None => return Ok(None),
+            },
+        };
+        self.store_planned(&bytes, digest, prints, &plan).map(Some)
+    }
+
+    /// Compresses and appends the frames that are full: to be called every few segments after [`Writer::take_known`].
+    ///
+    /// # Errors
+    /// `NoSpace`, `Unavailable`.
+    pub fn flush_full_frames(&mut self) -> Result<()> {
+        self.data.flush_full_frames()
     }
 
     /// W5, W6: gathers what the segment is compared with, and plans; again with further pages while runs go on.
@@ -322,6 +369,18 @@ impl Writer {
     /// `Exists` when another file has the name, `Stale` when the file was forgotten meanwhile, `Busy` when fenced,
     /// `NoSpace`, `Corrupt`, `Unavailable`.
     pub fn commit(&mut self, tree: &mut DraftTree, request: &CommitRequest) -> Result<Arc<RootPage>> {
+        let prepared = self.prepare(tree, request)?;
+        let root = prepared.root.clone();
+        let session = self.session.clone();
+        commit_together(&session, &mut [(self, prepared)])?;
+        Ok(root)
+    }
+
+    /// The part of W8 before the record: all is durable, nothing is visible.
+    ///
+    /// # Errors
+    /// `Busy` when fenced, `NoSpace`, `Corrupt`, `Unavailable`.
+    pub fn prepare(&mut self, tree: &mut DraftTree, request: &CommitRequest) -> Result<Prepared> {
         let vm = self.session.vm().clone();
         self.brought.extend(self.data.finish()?);
         let groups = tree.write_pages(&mut self.recipes)?;
@@ -339,41 +398,8 @@ impl Writer {
             tally: self.tally(),
             groups,
         });
-        let key = root_key(vm.name(), id);
-        vm.backend().put_new(&key, &root_object(&root))?;
-        let packs = self.brought.clone();
-        let outcome = self.session.append(|state| {
-            let (disk, name) = name_now(state, request)?;
-            let commit = Commit {
-                file: request.file,
-                disk,
-                name,
-                root: id,
-                image_bytes: request.image_bytes,
-                data_blocks: root.data_blocks,
-                uid: request.uid,
-                gid: request.gid,
-                mtime: request.mtime,
-                closed: request.closed,
-                sealed: request.sealed,
-                packs: packs.clone(),
-            };
-            Ok((vec![Op::Commit { commit: Box::new(commit) }], ()))
-        });
-        if let Err(e) = outcome {
-            // `Unavailable` leaves open whether the record is there: then nothing may be deleted.
-            if e.kind() != ErrorKind::Unavailable
-                && let Err(e) = vm.backend().delete(&key)
-            {
-                log::debug!("{key}: stays: {e}");
-            }
-            return Err(e);
-        }
-        self.session.cover_committed(&self.brought);
-        self.brought.clear();
-        self.tally = Tally::default();
-        self.stored_before = self.data.bytes_stored();
-        Ok(root)
+        vm.backend().put_new(&root_key(vm.name(), id), &root_object(&root))?;
+        Ok(Prepared { root, request: request.clone() })
     }
 
     /// Gives up what was not committed: its objects are deleted, its space is free.
@@ -390,6 +416,63 @@ impl Writer {
             }
         }
     }
+}
+
+/// An image that is durable, and for whose visibility only the record is missing.
+#[derive(Debug)]
+pub struct Prepared {
+    /// Its root page.
+    pub root: Arc<RootPage>,
+    request: CommitRequest,
+}
+
+/// Puts the one record that makes all these images of a VM exist, or none of them.
+///
+/// # Errors
+/// As [`Writer::commit`]. After any but `Unavailable` the root pages are gone; the packs are the writers' to abandon.
+pub fn commit_together(session: &Session, images: &mut [(&mut Writer, Prepared)]) -> Result<()> {
+    let outcome = session.append(|state| {
+        let commit = |(writer, prepared): &(&mut Writer, Prepared)| {
+            let (root, request) = (&prepared.root, &prepared.request);
+            let (disk, name) = name_now(state, request)?;
+            let commit = Commit {
+                file: request.file,
+                disk,
+                name,
+                root: root.id,
+                image_bytes: request.image_bytes,
+                data_blocks: root.data_blocks,
+                uid: request.uid,
+                gid: request.gid,
+                mtime: request.mtime,
+                closed: request.closed,
+                sealed: request.sealed,
+                packs: writer.brought.clone(),
+            };
+            Ok(Op::Commit { commit: Box::new(commit) })
+        };
+        Ok((images.iter().map(commit).collect::<Result<Vec<_>>>()?, ()))
+    });
+    if let Err(e) = outcome {
+        // `Unavailable` leaves open whether the record is there: then nothing may be deleted.
+        if e.kind() != ErrorKind::Unavailable {
+            let vm = session.vm();
+            for (_, prepared) in images.iter() {
+                let key = root_key(vm.name(), prepared.root.id);
+                if let Err(e) = vm.backend().delete(&key) {
+                    log::debug!("{key}: stays: {e}");
+                }
+            }
+        }
+        return Err(e);
+    }
+    for (writer, _) in images {
+        session.cover_committed(&writer.brought);
+        writer.brought.clear();
+        writer.tally = Tally::default();
+        writer.stored_before = writer.data.bytes_stored();
+    }
+    Ok(())
 }
 
 /// The fingerprints of the blocks that a plan calls new.

@@ -152,6 +152,14 @@ impl PopularIndex {
     /// # Errors
     /// `NotFound`, `Corrupt` (also when it is another home's or another epoch's), `Unsupported`, `Unavailable`.
     pub fn read(backend: &dyn Backend, identity: IndexIdentity, memory_bytes_max: usize) -> Result<Self> {
+        let key = index_key(identity.epoch);
+        // Its parts have checksums, and one copy of several is enough.
+        let copies = backend.replicated().map(|replicated| replicated.places(&key).homes).unwrap_or_default();
+        for copy in &copies {
+            if let Ok(index) = Self::read_visiting(copy, identity, memory_bytes_max, &mut |_| {}) {
+                return Ok(index);
+            }
+        }
         Self::read_visiting(backend, identity, memory_bytes_max, &mut |_| {})
     }
 

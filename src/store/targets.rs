@@ -343,7 +343,7 @@ impl Refill {
         let (_, record) = config::newest_record(replicated, store.config())?;
         let mut layout = (*replicated.layout()).clone();
         let mut refills = Vec::new();
-        for (target, _) in &mut layout.targets {
+        for (target, _) in layout.targets.iter_mut().filter(|(_, leaving)| !leaving) {
             let Some(row) = record.targets.iter().find(|row| TargetId(row.id) == target.id()) else { continue };
             if target.is_there() {
                 continue;

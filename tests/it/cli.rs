@@ -28,6 +28,7 @@ const COMMANDS: [&str; 25] = [
     "popular",
     "check",
     "stats",
+    "target",
     "settings",
     "files",
     "attach",

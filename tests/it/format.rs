@@ -7,6 +7,7 @@ use std::fmt::Debug;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use snapfs::backend::placement::{Copies, Scope, TargetId};
 use snapfs::backend::testing::Memory;
 use snapfs::backend::{Backend, Key};
 use snapfs::catalog::hold::{Hold, HoldId, hold_key};
@@ -21,8 +22,9 @@ use snapfs::clones::blocks::Blocks;
 use snapfs::clones::description::Description;
 use snapfs::clones::file::OsFile;
 use snapfs::clones::map::{CloneId, End, Entry, Header, Mask, load};
+use snapfs::cluster::job::{Job, ResultWriter};
 use snapfs::error::{Error, ErrorKind};
-use snapfs::fingerprint::{digest, fingerprint, short};
+use snapfs::fingerprint::{Fingerprint, digest, fingerprint, short};
 use snapfs::format::{ENVELOPE_BYTES, ObjectKind, VERSION, envelop, open_envelope};
 use snapfs::limits;
 use snapfs::name::VmName;
@@ -35,7 +37,8 @@ use snapfs::popular::index::{
     IndexBuilder, IndexIdentity, POPULAR_ENTRY_BYTES, POPULAR_HEADER_BYTES, POPULAR_PACK_BYTES, PopularIndex, index_key,
 };
 use snapfs::recipe::{Extent, GroupPage, GroupRef, Place, Recipe, RootPage, SlotSet, Tally};
-use snapfs::store::config::{self, ConfigRecord, Settings, StoreConfig};
+use snapfs::store::config::{self, ConfigRecord, Replicas, Settings, StoreConfig, TargetRow};
+use snapfs::store::targets::TargetFile;
 use snapfs::store::{MemoryShares, Store};
 use snapfs::units::{Epoch, Generation, Incarnation, ObjectId, RecordNumber, Serial, SlotId, VmGroup};
 use snapfs::wire::{decode, encode};
@@ -326,10 +329,38 @@ fn the_configuration_is_as_written() {
     assert_eq!(store_config().to_text().unwrap(), snapfs_toml());
     assert_eq!(StoreConfig::parse(snapfs_toml().as_bytes()).unwrap(), store_config());
     let settings = Settings { min_age_seconds: 7 * 86400 };
-    let record = ConfigRecord { store: STORE.into(), time: BEGAN, settings };
+    let record = ConfigRecord {
+        store: STORE.into(),
+        time: BEGAN,
+        settings,
+        targets: Vec::new(),
+        replicas: Replicas::default(),
+        moving: false,
+    };
     same("config-record", &envelop(ObjectKind::Config, &encode(&record)));
     let object = block("config-record");
     assert_eq!(decode::<ConfigRecord>(open_envelope(ObjectKind::Config, &object).unwrap()).unwrap(), record);
+    let row = TargetRow { id: [0x11; 16], path: "/mnt/a".into(), medium: 0x0102_0304, leaving: true };
+    let replicas = Replicas { vm: 2, common: 3, quorum: 0 };
+    let record = ConfigRecord { targets: vec![row], replicas, moving: true, ..record };
+    same("config-targets", &envelop(ObjectKind::Config, &encode(&record)));
+    let file = TargetFile::new(STORE, TargetId([0x11; 16]));
+    let text = file.to_text().unwrap();
+    assert!(PAGE.contains(&text), "{text}");
+}
+
+#[test]
+fn the_places_of_a_vm_are_as_written() {
+    let targets: Vec<TargetId> = [0x11, 0x22, 0x33].map(|byte| TargetId([byte; 16])).to_vec();
+    let copies = Copies { vm: 2, common: 3, quorum: 0 };
+    let told = |key: &str| {
+        let places = Scope::of(key).places(&targets, copies);
+        places.iter().map(|at| format!("{:02x}", targets[*at].0[0])).collect::<Vec<_>>().join(", ")
+    };
+    for (key, what) in [("vms/web01/log", "`web01`"), ("vms/db02/log", "`db02`")] {
+        let row = format!("| {what} | {} |", told(key));
+        assert!(PAGE.contains(&row), "{row}");
+    }
 }
 
 #[test]
@@ -501,6 +532,21 @@ fn a_popular_index_is_as_written() {
     same("popular-index", &bytes);
     assert_eq!(PopularIndex::decode(&bytes).unwrap().encode(), bytes);
     assert_eq!(index_key(Epoch(1)).as_str(), "common/popular/0000000001.popular");
+}
+
+#[test]
+fn job_objects_are_as_written() {
+    let id = Job::id_of(&[b"example", b"1"]);
+    let job = Job { id, key: Fingerprint([7; 32]), partitions: 2, body: b"body".to_vec() };
+    same("job", &job.to_object());
+    assert_eq!(Job::from_object(&block("job")).unwrap(), job);
+    assert_eq!(Job::key_of(id).as_str(), "derived/jobs/f1165823df3aa10847fcce05d101eeb9/job");
+    let memory = Memory::default();
+    let mut writer = ResultWriter::create(&memory, &job, 1, 5).unwrap();
+    writer.add(b"hello").unwrap();
+    writer.finish().unwrap();
+    same("partition-result", &memory.read_all(&job.partition_key(1), 1 << 20).unwrap());
+    assert_eq!(job.partition_key(1).as_str(), "derived/jobs/f1165823df3aa10847fcce05d101eeb9/00001.partition");
 }
 
 /// Rows of the tables whose first cell is a name in backquotes and whose second is a number.

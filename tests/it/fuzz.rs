@@ -76,6 +76,11 @@ fn valid_encodings() -> Vec<(String, Vec<u8>)> {
                 add("hold", b"000000020003.fedcba9876543210");
                 add("envelope", &bytes);
             }
+            "job" => {
+                add("job", &bytes);
+                add("envelope", &bytes);
+            }
+            "partition-result" => add("partition_result", &bytes),
             "group-page" => add("group_page", &bytes),
             "recipe" => add("recipe", &bytes),
             "clone-map-header" => {
@@ -235,10 +240,25 @@ fn mutate(rng: &mut Rng, bytes: &mut Vec<u8>, seeds: &[&Vec<u8>]) {
     }
 }
 
-/// Makes the length and the checksum of an envelope right, or those of a pack's header or tail, or of a popular index.
+/// Makes the length and the checksum of an envelope right, or those of a pack's header or tail, of a popular index
+/// or of a partition's result.
 fn set_checksums(bytes: &mut [u8]) {
     if bytes.starts_with(b"SNAPFS\r\n\x07") {
         return set_popular_checksums(bytes);
+    }
+    if bytes.len() >= 76 && bytes.starts_with(b"SNAPFS\r\n\x09") {
+        let checksum = short(b"snapfs partition header", &[&bytes[..56]]);
+        bytes[56..72].copy_from_slice(&checksum);
+        let header = bytes[..72].to_vec();
+        let rows = u32::from_le_bytes(bytes[72..76].try_into().unwrap()) as usize;
+        if let Some(part) = bytes.get(76..76 + rows.min(1 << 20)).map(<[u8]>::to_vec) {
+            let checksum = short(b"snapfs partition chunk", &[&header, &[0; 4], &part]);
+            let end = 76 + part.len();
+            if let Some(place) = bytes.get_mut(end..end + 16) {
+                place.copy_from_slice(&checksum);
+            }
+        }
+        return;
     }
     if bytes.len() >= TRAILER_BYTES {
         let (index, trailer) = bytes.split_at_mut(bytes.len() - TRAILER_BYTES);

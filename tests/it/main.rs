@@ -9,9 +9,11 @@
 
 mod attach;
 mod backend_suite;
+mod batch;
 mod cli;
 mod clone_store;
 mod clones;
+mod cluster;
 mod cost;
 mod crash;
 mod damage;
@@ -31,6 +33,7 @@ mod mount;
 mod mount_helper;
 mod popular;
 mod power;
+mod targets;
 mod whole;
 mod world;
 mod xen;

@@ -423,6 +423,10 @@ impl Filesystem for Adapter {
         answer!(reply, found, |of| reply.entry(&of.keep, &file_attr(&of), Generation(0)));
     }
 
+    fn forget(&self, _req: &Request, ino: INodeNo, lookups: u64) {
+        self.fs.forget_inode(Ino(ino.0), lookups);
+    }
+
     fn getattr(&self, _req: &Request, ino: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
         let found = self.guarded("getattr", |fs| fs.attributes(Ino(ino.0), fh.map(|fh| Handle(fh.0))));
         answer!(reply, found, |of| reply.attr(&of.keep, &file_attr(&of)));

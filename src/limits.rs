@@ -169,5 +169,21 @@ pub const RESULT_ROW_BYTES_MAX: usize = 1 << 10;
 /// Bytes kept aside so that forget and collect work on a full disk.
 pub const RESERVE_BYTES: u64 = 4 << 20;
 
+/// The least rate that collection can be held to: at 64 KiB a second a pack takes half an hour, under its VM's lock.
+pub const GC_RATE_BYTES_MIN: u64 = 64 << 10;
+
+/// Targets of a store: what one machine mounts, and few enough to ask all of them.
+pub const TARGETS_MAX: usize = 256;
+
+/// How long a call to a target may take before another copy is asked: longer than a sync of a pack on a slow disk, and
+/// what a person waits before looking what is wrong.
+pub const TARGET_PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);
+
+/// Calls to one target at a time; more wait. As many as a mount has threads for requests, and some for writing.
+pub const TARGET_CALLS_MAX: usize = 32;
+
+/// Copies remembered as bad: those that are noticed before anybody repairs them.
+pub const BAD_COPIES_MAX: usize = 4096;
+
 const _: () = assert!(SEGMENT_BYTES == 2 << 20, "docs/FORMAT.md: a segment is 2 MiB");
 const _: () = assert!(GROUP_BYTES == 1 << 30, "docs/FORMAT.md: a group is 1 GiB");

@@ -230,6 +230,15 @@ impl<A: Wire, B: Wire> Wire for (A, B) {
     }
 }
 
+impl Wire for [u8; 16] {
+    fn put(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(self);
+    }
+    fn take(reader: &mut Reader<'_>) -> Result<Self> {
+        reader.array()
+    }
+}
+
 /// Declares a structure together with its stored form: the fields in their order.
 macro_rules! wire_struct {
     ($(#[$meta:meta])* pub struct $name:ident { $($(#[$field_meta:meta])* pub $field:ident: $type:ty),* $(,)? }) => {

@@ -6,6 +6,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::backend::replicate::Replicated;
 use crate::backend::{Backend, Guard, Key, Listed, Upload};
 use crate::clock::Clock;
 use crate::error::Result;
@@ -83,6 +84,40 @@ impl Backend for Limited {
         let bytes = self.inner.read_all(key, bytes_max)?;
         self.bucket.pass(bytes.len());
         Ok(bytes)
+    }
+
+    fn read_checked(
+        &self,
+        key: &Key,
+        offset: u64,
+        out: &mut [u8],
+        verify: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        self.bucket.pass(out.len());
+        self.inner.read_checked(key, offset, out, verify)
+    }
+
+    fn read_all_checked(
+        &self,
+        key: &Key,
+        bytes_max: u64,
+        verify: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<Vec<u8>> {
+        let bytes = self.inner.read_all_checked(key, bytes_max, verify)?;
+        self.bucket.pass(bytes.len());
+        Ok(bytes)
+    }
+
+    fn create_over(&self, key: &Key) -> Result<Box<dyn Upload>> {
+        Ok(Box::new(LimitedUpload { inner: self.inner.create_over(key)?, bucket: Arc::clone(&self.bucket) }))
+    }
+
+    fn settle(&self, key: &Key, verify: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        self.inner.settle(key, verify)
+    }
+
+    fn replicated(&self) -> Option<&Replicated> {
+        self.inner.replicated()
     }
 
     fn len(&self, key: &Key) -> Result<u64> {

@@ -9,7 +9,7 @@
 
 use std::io;
 use std::num::{NonZeroU64, NonZeroUsize};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -18,6 +18,7 @@ use lru::LruCache;
 use rustix::fs::{self, AtFlags, FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::{Errno, retry_on_intr};
 
+use crate::backend::calls::{Calls, System};
 use crate::backend::{Backend, Guard, Key, Listed, Upload};
 use crate::error::{Error, ErrorKind, Result, corrupt, invalid, not_found};
 use crate::limits::RESERVE_BYTES;
@@ -70,7 +71,7 @@ impl Local {
     /// # Errors
     /// `NotFound`, `NotFolder`, `Denied`.
     pub fn open(root: impl Into<PathBuf>) -> Result<Self> {
-        Self::open_with(root.into(), false)
+        Self::open_with(root.into(), false, Arc::new(System))
     }
 
     /// The same for media without files that have no name (O_TMPFILE), and for tests. [`Local::open`] finds such
@@ -79,13 +80,21 @@ impl Local {
     /// # Errors
     /// `NotFound`, `NotFolder`, `Denied`.
     pub fn open_without_tmpfile(root: impl Into<PathBuf>) -> Result<Self> {
-        Self::open_with(root.into(), true)
+        Self::open_with(root.into(), true, Arc::new(System))
     }
 
-    fn open_with(root: PathBuf, without_tmpfile: bool) -> Result<Self> {
+    /// The same with other calls, for tests of what a power failure leaves.
+    ///
+    /// # Errors
+    /// `NotFound`, `NotFolder`, `Denied`.
+    pub fn open_with_calls(root: impl Into<PathBuf>, without_tmpfile: bool, calls: Arc<dyn Calls>) -> Result<Self> {
+        Self::open_with(root.into(), without_tmpfile, calls)
+    }
+
+    fn open_with(root: PathBuf, without_tmpfile: bool, calls: Arc<dyn Calls>) -> Result<Self> {
         let top = fs::open(&root, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|cause| failed(root.display().to_string(), cause))?;
-        let place = Place { root, top, folders: Mutex::new(LruCache::new(at_least_one(KNOWN_FOLDERS_MAX))) };
+        let place = Place { root, top, calls, folders: Mutex::new(LruCache::new(at_least_one(KNOWN_FOLDERS_MAX))) };
         let open_files = Mutex::new(LruCache::new(at_least_one(OPEN_FILES_MAX)));
         Ok(Self { place: Arc::new(place), without_tmpfile, open_files })
     }
@@ -122,7 +131,33 @@ impl Backend for Local {
             }
         };
         let place = Arc::clone(&self.place);
-        Ok(Box::new(Writing { place, key: key.clone(), file, temporary, bytes: 0, bytes_begun: 0, is_torn: false }))
+        Ok(Box::new(Writing {
+            place,
+            key: key.clone(),
+            file,
+            temporary,
+            is_over: false,
+            bytes: 0,
+            bytes_begun: 0,
+            is_torn: false,
+        }))
+    }
+
+    fn create_over(&self, key: &Key) -> Result<Box<dyn Upload>> {
+        self.place.make_folders(folder_of(key))?;
+        let (file, temporary) = Temporary::create(&self.place)?;
+        // Who reads through a file that was opened before would go on with the bad copy.
+        self.forget_cached(key);
+        Ok(Box::new(Writing {
+            place: Arc::clone(&self.place),
+            key: key.clone(),
+            file,
+            temporary: Some(temporary),
+            is_over: true,
+            bytes: 0,
+            bytes_begun: 0,
+            is_torn: false,
+        }))
     }
 
     fn read(&self, key: &Key, offset: u64, out: &mut [u8]) -> Result<()> {
@@ -224,7 +259,7 @@ impl Backend for Local {
         self.forget_cached(key);
         // The directory is not synced: a deletion that a power failure undoes is only done again by the next
         // collection, and nothing is ever put under this key again.
-        match fs::unlinkat(&self.place.top, key.as_str(), AtFlags::empty()) {
+        match self.place.calls.unlink(&self.place.top, key.as_str()) {
             Ok(()) | Err(Errno::NOENT | Errno::NOTDIR) => Ok(()),
             Err(cause) => Err(failed(key, cause)),
         }
@@ -388,14 +423,14 @@ fn unless_unsupported(outcome: rustix::io::Result<OwnedFd>, key: &Key) -> Result
 struct Place {
     root: PathBuf,
     top: OwnedFd,
+    calls: Arc<dyn Calls>,
     /// Folders that this process has seen onto the medium.
     folders: Mutex<LruCache<String, ()>>,
 }
 
 impl Place {
     fn open_file(&self, path: &str, flags: OFlags) -> rustix::io::Result<OwnedFd> {
-        let mode = Mode::RUSR | Mode::WUSR;
-        retry_on_intr(|| fs::openat(&self.top, path, flags | OFlags::CLOEXEC | OFlags::NOCTTY, mode))
+        self.calls.open(&self.top, path, flags)
     }
 
     fn open_folder(&self, folder: &str) -> rustix::io::Result<OwnedFd> {
@@ -438,7 +473,7 @@ impl Place {
             if held(&self.folders).get(&path).is_some() {
                 continue;
             }
-            match fs::mkdirat(&self.top, &path, Mode::RWXU) {
+            match self.calls.make_folder(&self.top, &path) {
                 Ok(()) | Err(Errno::EXIST) => self.sync_folder(&above)?,
                 Err(cause) => return Err(failed(path, cause)),
             }
@@ -453,7 +488,7 @@ impl Place {
     }
 
     fn sync_folder(&self, folder: &str) -> Result<()> {
-        match self.open_folder(folder).and_then(sync) {
+        match self.open_folder(folder).and_then(|folder| self.calls.sync(&folder)) {
             // Media that keep no directories of their own refuse this; there is nothing to sync then.
             Ok(()) | Err(Errno::INVAL) => Ok(()),
             Err(cause) => Err(failed(or_dot(folder), cause)),
@@ -462,17 +497,12 @@ impl Place {
 
     /// Gives a file without a name the name `path`, unless it is taken.
     fn link_unnamed(&self, file: &OwnedFd, path: &str) -> rustix::io::Result<()> {
-        let through_proc = format!("/proc/self/fd/{}", file.as_raw_fd());
-        match fs::linkat(fs::CWD, through_proc, &self.top, path, AtFlags::SYMLINK_FOLLOW) {
-            // Without /proc the kernel takes the descriptor itself, from root always, from others since 6.10.
-            Err(Errno::NOENT) => fs::linkat(file, "", &self.top, path, AtFlags::EMPTY_PATH),
-            outcome => outcome,
-        }
+        self.calls.link_unnamed(&self.top, file, path)
     }
 
     /// Gives the file at `temporary` the name `path`, unless it is taken. The first name may stay.
     fn rename_temporary(&self, temporary: &str, path: &str) -> rustix::io::Result<()> {
-        match fs::renameat_with(&self.top, temporary, &self.top, path, fs::RenameFlags::NOREPLACE) {
+        match self.calls.rename(&self.top, temporary, path, fs::RenameFlags::NOREPLACE) {
             Err(Errno::INVAL | Errno::NOSYS) => self.link_temporary(temporary, path),
             outcome => outcome,
         }
@@ -480,7 +510,7 @@ impl Place {
 
     /// The same where the medium knows no rename that does not replace. The first name stays.
     fn link_temporary(&self, temporary: &str, path: &str) -> rustix::io::Result<()> {
-        fs::linkat(&self.top, temporary, &self.top, path, AtFlags::empty())
+        self.calls.link(&self.top, temporary, path)
     }
 
     fn make_reserve(self: &Arc<Self>) -> Result<()> {
@@ -573,7 +603,7 @@ impl Temporary {
 impl Drop for Temporary {
     fn drop(&mut self) {
         // After a rename it is gone already. What cannot be removed is litter.
-        let _ = fs::unlinkat(&self.place.top, &self.path, AtFlags::empty());
+        let _ = self.place.calls.unlink(&self.place.top, &self.path);
     }
 }
 
@@ -585,6 +615,8 @@ struct Writing {
     file: OwnedFd,
     /// `None` for a file without a name.
     temporary: Option<Temporary>,
+    /// Whether it takes the place of what is under its key.
+    is_over: bool,
     bytes: u64,
     /// How far writeback was begun.
     bytes_begun: u64,
@@ -598,7 +630,7 @@ impl Upload for Writing {
         let mut offset = self.bytes;
         let mut waited = 0;
         while !rest.is_empty() {
-            let outcome = match retry_on_intr(|| rustix::io::pwrite(&self.file, rest, offset)) {
+            let outcome = match self.place.calls.write(&self.file, rest, offset) {
                 Ok(0) => Err(Errno::IO),
                 // Objects that collection has just deleted are held by readers a moment longer.
                 Err(Errno::NOSPC) if waited < FULL_TRIES => {
@@ -646,12 +678,15 @@ impl Upload for Writing {
     fn finish(self: Box<Self>) -> Result<()> {
         let (place, key) = (&self.place, &self.key);
         if self.is_torn {
-            fs::ftruncate(&self.file, self.bytes).map_err(|cause| failed(key, cause))?;
+            place.calls.truncate(&self.file, self.bytes).map_err(|cause| failed(key, cause))?;
         }
         // Sync before the name: a name must never lead to missing bytes (I4).
-        sync(&self.file).map_err(|cause| failed(key, cause))?;
+        place.calls.sync(&self.file).map_err(|cause| failed(key, cause))?;
         let name = || match &self.temporary {
             None => place.link_unnamed(&self.file, key.as_str()),
+            Some(temporary) if self.is_over => {
+                fs::renameat(&place.top, &temporary.path, &place.top, key.as_str())
+            }
             Some(temporary) => place.rename_temporary(&temporary.path, key.as_str()),
         };
         let mut outcome = name();
@@ -817,7 +852,7 @@ mod tests {
         rustix::io::pwrite(&file, b"abcdef", 0).unwrap();
         let place = Arc::clone(&local.place);
         let mut writing =
-            Writing { place, key: key.clone(), file, temporary: None, bytes: 0, bytes_begun: 0, is_torn: true };
+            Writing { place, key: key.clone(), file, temporary: None, is_over: false, bytes: 0, bytes_begun: 0, is_torn: true };
         writing.append(b"xy").unwrap();
         Box::new(writing).finish().unwrap();
         assert_eq!(local.read_all(&key, 100).unwrap(), b"xy");

@@ -3,15 +3,20 @@
 //! Objects are write-once: they are put under a key that must be free, read in ranges, listed and deleted.
 //! The conformance suite in `tests/it/backend_suite.rs` runs against every implementation and every wrapper.
 
+pub mod calls;
 pub mod limit;
 pub mod local;
+pub mod placement;
+pub mod replicate;
+pub mod target;
 pub mod testing;
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::error::Result;
+use crate::backend::replicate::Replicated;
+use crate::error::{Error, ErrorKind, Result};
 
 /// The name of an object: `/`-separated, relative to its target, for example `vms/web01/log/00000001`.
 ///
@@ -79,6 +84,61 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// # Errors
     /// `NotFound`, `Corrupt` when it is larger, `Unavailable`.
     fn read_all(&self, key: &Key, bytes_max: u64) -> Result<Vec<u8>>;
+
+    /// As [`Backend::read`], of bytes of which `verify` can tell whether they are right. Where there are several copies,
+    /// one that is not right is left for the next. `verify` is called once for each copy that could be read.
+    ///
+    /// # Errors
+    /// As [`Backend::read`], and what `verify` says of the last copy.
+    fn read_checked(
+        &self,
+        key: &Key,
+        offset: u64,
+        out: &mut [u8],
+        verify: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        self.read(key, offset, out)?;
+        verify(out)
+    }
+
+    /// As [`Backend::read_all`], of an object of which `verify` can tell whether it is right. Where there are several
+    /// copies, one that is not right is left for the next, and replaced by the right one.
+    ///
+    /// # Errors
+    /// As [`Backend::read_all`], and what `verify` says of the last copy.
+    fn read_all_checked(
+        &self,
+        key: &Key,
+        bytes_max: u64,
+        verify: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<Vec<u8>> {
+        let bytes = self.read_all(key, bytes_max)?;
+        verify(&bytes)?;
+        Ok(bytes)
+    }
+
+    /// Begins an object that takes the place of a damaged copy of the same object, or of one that is missing. What is
+    /// under `key` stays until [`Upload::finish`] returns. Only who has proven the bytes may do this (I4).
+    ///
+    /// # Errors
+    /// As [`Backend::create`]; `Unsupported` where nothing can be replaced.
+    fn create_over(&self, key: &Key) -> Result<Box<dyn Upload>> {
+        Err(Error::new(ErrorKind::Unsupported, format!("{key}: cannot be replaced here")))
+    }
+
+    /// Makes sure that an object that is there counts: that enough copies of it are there. `verify` as in
+    /// [`Backend::read_all_checked`]. Free where there is only one copy.
+    ///
+    /// # Errors
+    /// `Unavailable` when there are not enough.
+    fn settle(&self, _key: &Key, _verify: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        Ok(())
+    }
+
+    /// The copies behind this backend, if it keeps several.
+    fn replicated(&self) -> Option<&Replicated> {
+        None
+    }
 
     /// Bytes of the object.
     ///

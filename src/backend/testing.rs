@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::backend::replicate::Replicated;
 use crate::backend::{Backend, Guard, Key, Listed, Upload};
 use crate::error::{Error, ErrorKind, Result, corrupt, invalid, not_found};
 use crate::limits::RESERVE_BYTES;
@@ -157,7 +158,17 @@ impl Medium {
 
 impl Backend for Memory {
     fn create(&self, key: &Key) -> Result<Box<dyn Upload>> {
-        Ok(Box::new(MemoryUpload { shared: Arc::clone(&self.shared), key: key.clone(), bytes: Vec::new() }))
+        Ok(Box::new(MemoryUpload {
+            shared: Arc::clone(&self.shared),
+            key: key.clone(),
+            bytes: Vec::new(),
+            is_over: false,
+        }))
+    }
+
+    fn create_over(&self, key: &Key) -> Result<Box<dyn Upload>> {
+        let shared = Arc::clone(&self.shared);
+        Ok(Box::new(MemoryUpload { shared, key: key.clone(), bytes: Vec::new(), is_over: true }))
     }
 
     fn read(&self, key: &Key, offset: u64, out: &mut [u8]) -> Result<()> {
@@ -248,6 +259,8 @@ struct MemoryUpload {
     shared: Arc<Mutex<Medium>>,
     key: Key,
     bytes: Vec<u8>,
+    /// Whether it takes the place of what is there.
+    is_over: bool,
 }
 
 impl Upload for MemoryUpload {
@@ -274,6 +287,9 @@ impl Upload for MemoryUpload {
         let shared = Arc::clone(&self.shared);
         let mut medium = held(&shared);
         let key = self.key.clone();
+        if self.is_over {
+            medium.take(key.as_str());
+        }
         if medium.objects.contains_key(key.as_str()) {
             // Given back first: the upload takes the lock when it is dropped.
             drop(medium);
@@ -454,6 +470,41 @@ impl Backend for Recorder {
         self.add(Operation::Create, key);
         let inner = self.inner.create(key)?;
         Ok(Box::new(RecordedUpload { inner, record: Arc::clone(&self.record), key: key.clone() }))
+    }
+
+    fn create_over(&self, key: &Key) -> Result<Box<dyn Upload>> {
+        self.add(Operation::Create, key);
+        let inner = self.inner.create_over(key)?;
+        Ok(Box::new(RecordedUpload { inner, record: Arc::clone(&self.record), key: key.clone() }))
+    }
+
+    fn read_checked(
+        &self,
+        key: &Key,
+        offset: u64,
+        out: &mut [u8],
+        verify: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        self.add(Operation::Read, key);
+        self.inner.read_checked(key, offset, out, verify)
+    }
+
+    fn read_all_checked(
+        &self,
+        key: &Key,
+        bytes_max: u64,
+        verify: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<Vec<u8>> {
+        self.add(Operation::ReadAll, key);
+        self.inner.read_all_checked(key, bytes_max, verify)
+    }
+
+    fn settle(&self, key: &Key, verify: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        self.inner.settle(key, verify)
+    }
+
+    fn replicated(&self) -> Option<&Replicated> {
+        self.inner.replicated()
     }
 
     fn put_new(&self, key: &Key, bytes: &[u8]) -> Result<()> {
@@ -687,6 +738,38 @@ impl Backend for Faulty {
     fn create(&self, key: &Key) -> Result<Box<dyn Upload>> {
         let inner = self.switch.run(Operation::Create, key, || self.inner.create(key))?;
         Ok(Box::new(FaultyUpload { inner, switch: Arc::clone(&self.switch), key: key.clone() }))
+    }
+
+    fn create_over(&self, key: &Key) -> Result<Box<dyn Upload>> {
+        let inner = self.switch.run(Operation::Create, key, || self.inner.create_over(key))?;
+        Ok(Box::new(FaultyUpload { inner, switch: Arc::clone(&self.switch), key: key.clone() }))
+    }
+
+    fn read_checked(
+        &self,
+        key: &Key,
+        offset: u64,
+        out: &mut [u8],
+        verify: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        self.switch.run(Operation::Read, key, || self.inner.read_checked(key, offset, out, verify))
+    }
+
+    fn read_all_checked(
+        &self,
+        key: &Key,
+        bytes_max: u64,
+        verify: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<Vec<u8>> {
+        self.switch.run(Operation::ReadAll, key, || self.inner.read_all_checked(key, bytes_max, verify))
+    }
+
+    fn settle(&self, key: &Key, verify: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        self.switch.unless_cut(|| self.inner.settle(key, verify))
+    }
+
+    fn replicated(&self) -> Option<&Replicated> {
+        self.inner.replicated()
     }
 
     fn put_new(&self, key: &Key, bytes: &[u8]) -> Result<()> {

@@ -181,17 +181,21 @@ impl Vm {
     /// all name the object.
     pub fn read_hold(&self, id: HoldId) -> Result<Hold> {
         let key = hold_key(self.name(), id);
-        let bytes = self.backend().read_all(&key, HOLD_BYTES_MAX)?;
-        let hold = Hold::from_object(&bytes).map_err(|e| e.within(&key))?;
         let state = match self.state() {
             unread if unread.number == RecordNumber(0) => self.refresh()?,
             known => known,
         };
-        if (hold.incarnation, hold.id) == (state.incarnation, id) {
-            Ok(hold)
-        } else {
-            Err(corrupt(format!("{key}: is another hold, {}, or of another VM", hold.id)))
-        }
+        let mut hold = None;
+        let mut verify = |bytes: &[u8]| {
+            let read = Hold::from_object(bytes).map_err(|e| e.within(&key))?;
+            if (read.incarnation, read.id) != (state.incarnation, id) {
+                return Err(corrupt(format!("{key}: is another hold, {}, or of another VM", read.id)));
+            }
+            hold = Some(read);
+            Ok(())
+        };
+        self.backend().read_all_checked(&key, HOLD_BYTES_MAX, &mut verify)?;
+        hold.ok_or_else(|| corrupt(format!("{key}: was not read")))
     }
 
     /// All holds of the VM, by root page. Cost: one listing, one read each.

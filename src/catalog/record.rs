@@ -155,15 +155,6 @@ wire_enum! {
     }
 }
 
-impl crate::wire::Wire for [u8; 16] {
-    fn put(&self, out: &mut Vec<u8>) {
-        out.extend_from_slice(self);
-    }
-    fn take(reader: &mut crate::wire::Reader<'_>) -> Result<Self> {
-        reader.array()
-    }
-}
-
 impl<T: crate::wire::Wire> crate::wire::Wire for Box<T> {
     fn put(&self, out: &mut Vec<u8>) {
         (**self).put(out);

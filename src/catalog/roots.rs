@@ -43,6 +43,11 @@ pub fn open_root(bytes: &[u8], incarnation: Incarnation, id: RootId) -> Result<R
 /// `NotFound`, `Corrupt`, `Unsupported`, `Unavailable`; all name the object.
 pub fn read_root(backend: &dyn Backend, vm: &str, incarnation: Incarnation, id: RootId) -> Result<RootPage> {
     let key = root_key(vm, id);
-    let bytes = backend.read_all(&key, ROOT_PAGE_BYTES_MAX)?;
-    open_root(&bytes, incarnation, id).map_err(|e| e.within(&key))
+    let mut root = None;
+    let mut verify = |bytes: &[u8]| {
+        root = Some(open_root(bytes, incarnation, id).map_err(|e| e.within(&key))?);
+        Ok(())
+    };
+    backend.read_all_checked(&key, ROOT_PAGE_BYTES_MAX, &mut verify)?;
+    root.ok_or_else(|| corrupt(format!("{key}: was not read")))
 }

@@ -1,7 +1,9 @@
 //! A VM in the catalog: reads its log, and appends to it with create-only puts, which order all writers.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use crate::backend::replicate::Replicated;
 use crate::backend::{Backend, Key};
 use crate::catalog::record::{Attributes, Op, Record, checkpoint_object, open_checkpoint};
 use crate::catalog::state::VmState;
@@ -89,6 +91,8 @@ pub struct Vm {
     state: RwLock<Known>,
     // One refresh or append of this process at a time; readers of `state` do not wait for it.
     appending: Mutex<()>,
+    // Whose records these are, where copies had to be asked for it.
+    agreed: Mutex<Option<Incarnation>>,
 }
 
 #[derive(Clone)]
@@ -104,7 +108,7 @@ impl Vm {
     /// A VM whose log is not read yet.
     pub fn new(name: &str, backend: Arc<dyn Backend>, clock: Arc<dyn Clock>) -> Self {
         let state = RwLock::new(Known { state: Arc::default(), checkpoint: RecordNumber(0), damage: None });
-        Self { name: name.to_owned(), backend, clock, state, appending: Mutex::new(()) }
+        Self { name: name.to_owned(), backend, clock, state, appending: Mutex::new(()), agreed: Mutex::default() }
     }
 
     /// Its name.
@@ -179,19 +183,61 @@ impl Vm {
 
     fn read_record(&self, number: RecordNumber) -> Result<Record> {
         let key = record_key(&self.name, number);
-        let bytes = self.backend.read_all(&key, LOG_RECORD_BYTES_MAX)?;
-        let record = Record::from_object(&bytes).map_err(|e| e.within(&key))?;
-        if record.number == number { Ok(record) } else { Err(corrupt(format!("{key}: is record {}", record.number.0))) }
+        let mut record = None;
+        let agreed = *self.agreed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut verify = |bytes: &[u8]| {
+            let read = open_numbered(&key, bytes, number)?;
+            if agreed.is_some_and(|agreed| agreed != read.incarnation) {
+                return Err(corrupt(format!("{key}: is of another VM")));
+            }
+            record = Some(read);
+            Ok(())
+        };
+        self.backend.read_all_checked(&key, LOG_RECORD_BYTES_MAX, &mut verify)?;
+        record.ok_or_else(|| corrupt(format!("{key}: was not read")))
     }
 
     fn read_checkpoint(&self, number: RecordNumber) -> Result<VmState> {
         let key = checkpoint_key(&self.name, number);
-        let bytes = self.backend.read_all(&key, LOG_RECORD_BYTES_MAX)?;
-        let state = open_checkpoint(&bytes).map_err(|e| e.within(&key))?;
-        if state.number == number { Ok(state) } else { Err(corrupt(format!("{key}: is of record {}", state.number.0))) }
+        let agreed = *self.agreed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = None;
+        let mut verify = |bytes: &[u8]| {
+            let told = open_checkpoint(bytes).map_err(|e| e.within(&key))?;
+            if told.number != number {
+                return Err(corrupt(format!("{key}: is of record {}", told.number.0)));
+            }
+            if agreed.is_some_and(|agreed| agreed != told.incarnation) {
+                return Err(corrupt(format!("{key}: is of another VM")));
+            }
+            state = Some(told);
+            Ok(())
+        };
+        self.backend.read_all_checked(&key, LOG_RECORD_BYTES_MAX, &mut verify)?;
+        state.ok_or_else(|| corrupt(format!("{key}: was not read")))
     }
 
+    /// Reads the log. Where there are copies and what was read does not go together, one of them may be another VM's:
+    /// then what most copies say decides, and the log is read again.
     fn read_log(&self) -> Result<Arc<VmState>> {
+        let outcome = self.read_log_once();
+        let is_damaged = match &outcome {
+            Ok(_) => self.damage().is_some(),
+            Err(e) => e.kind() == ErrorKind::Corrupt,
+        };
+        let was_agreed = self.agreed.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        match self.backend.replicated() {
+            Some(copies) if is_damaged && !was_agreed => {
+                let agreed = incarnation_by_copies(&self.name, copies)?;
+                *self.agreed.lock().unwrap_or_else(PoisonError::into_inner) = agreed;
+                // What was read of another VM must not count for anything.
+                self.know(Arc::default(), Some(RecordNumber(0)), None);
+                self.read_log_once()
+            }
+            _ => outcome,
+        }
+    }
+
+    fn read_log_once(&self) -> Result<Arc<VmState>> {
         let numbers = self.numbers()?;
         let known = self.state();
         let Some(newest) = numbers.records.last().copied() else {
@@ -287,6 +333,9 @@ impl Vm {
             if ops.is_empty() {
                 return Ok(value);
             }
+            if state.number > RecordNumber(0) {
+                self.settle(state.number)?;
+            }
             if self.put(&state, session, ops)? {
                 self.checkpoint_if_due();
                 return Ok(value);
@@ -311,11 +360,16 @@ impl Vm {
             Ok(()) => {}
             Err(e) if e.kind() == ErrorKind::Exists => return Ok(false),
             // May or may not be there: only what is there tells.
-            Err(e) if e.kind() == ErrorKind::Unavailable => match self.backend.read_all(&key, LOG_RECORD_BYTES_MAX) {
-                Ok(there) if there == object => {}
-                Ok(_) => return Ok(false),
-                Err(_) => return Err(e),
-            },
+            Err(e) if e.kind() == ErrorKind::Unavailable => {
+                if self.settle(number).is_err() {
+                    return Err(e);
+                }
+                match self.backend.read_all(&key, LOG_RECORD_BYTES_MAX) {
+                    Ok(there) if there == object => {}
+                    Ok(_) => return Ok(false),
+                    Err(_) => return Err(e),
+                }
+            }
             Err(e) => return Err(e),
         }
         if self.is_too_late(&key, number)? {
@@ -323,6 +377,12 @@ impl Vm {
         }
         self.know(Arc::new(next), None, None);
         Ok(true)
+    }
+
+    /// Sees that a record is on enough targets before another one follows it. Free where there is one target.
+    fn settle(&self, number: RecordNumber) -> Result<()> {
+        let key = record_key(&self.name, number);
+        self.backend.settle(&key, &mut |bytes| open_numbered(&key, bytes, number).map(drop))
     }
 
     /// Whether a record that was just put under a free key stands where another stood: who is paused for two
@@ -439,6 +499,34 @@ impl Vm {
     pub fn clock(&self) -> &Arc<dyn Clock> {
         &self.clock
     }
+}
+
+/// The incarnation that most copies of the log's entries have. Cost: reads all of them.
+///
+/// # Errors
+/// `Unavailable`.
+pub fn incarnation_by_copies(vm: &str, replicated: &Replicated) -> Result<Option<Incarnation>> {
+    let mut votes: BTreeMap<[u8; 16], usize> = BTreeMap::new();
+    for row in replicated.list(&log_prefix(vm))? {
+        let Some(entry) = parse_log_name(&row.name) else { continue };
+        let key = Key::new(format!("{}/{}", log_prefix(vm), row.name));
+        for target in replicated.places(&key).homes {
+            let Ok(bytes) = target.read_all(&key, LOG_RECORD_BYTES_MAX) else { continue };
+            let told = match entry {
+                LogEntry::Record(_) => Record::from_object(&bytes).map(|record| record.incarnation),
+                LogEntry::Checkpoint(_) => open_checkpoint(&bytes).map(|state| state.incarnation),
+            };
+            if let Ok(incarnation) = told {
+                *votes.entry(incarnation.0).or_default() += 1;
+            }
+        }
+    }
+    Ok(votes.into_iter().max_by_key(|(_, count)| *count).map(|(incarnation, _)| Incarnation(incarnation)))
+}
+
+fn open_numbered(key: &Key, bytes: &[u8], number: RecordNumber) -> Result<Record> {
+    let record = Record::from_object(bytes).map_err(|e| e.within(key))?;
+    if record.number == number { Ok(record) } else { Err(corrupt(format!("{key}: is record {}", record.number.0))) }
 }
 
 fn check_session(vm: &str, state: &VmState, session: Option<RecordNumber>) -> Result<()> {

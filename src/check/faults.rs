@@ -23,6 +23,8 @@ const SNAPSHOTS_MAX: usize = 32;
 pub enum Severity {
     /// Bytes are lost or cannot be trusted, or the next collection would lose some.
     Must,
+    /// One copy is damaged or missing, and another is whole.
+    Copy,
     /// Not as it should be, but nothing is lost.
     Should,
 }

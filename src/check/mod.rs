@@ -1,5 +1,5 @@
 //! The invariants as a program: reads everything that a store should have, and says what is missing or wrong.
-//! Changes nothing (but for [`rebuild()`]), needs no lock, and runs beside writers and collection.
+//! Changes nothing (but for [`rebuild()`] and, when asked for, [`copies`]), needs no lock, and runs beside writers and collection.
 //!
 //! ```text
 //!   common:   log ── objects, popular index
@@ -13,6 +13,8 @@ pub mod store;
 pub mod common;
 
 pub mod vm;
+
+pub mod copies;
 
 pub mod holds;
 

@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use crate::backend::Key;
 use crate::check::common::Common;
+use crate::check::copies::check_copies;
 use crate::check::faults::{FINDINGS_MAX, Finding, Severity};
 use crate::check::vm::check_vm;
 use crate::error::{Error, Result, invalid};
@@ -17,6 +18,8 @@ pub struct CheckOptions {
     pub read_data: bool,
     /// Read this share of the frames, at random, at least one of each pack: from 0 to 100. `read_data` reads all.
     pub sample_percent: Option<f64>,
+    /// Put back copies that are missing, and replace damaged ones, in a store over several targets.
+    pub repair: bool,
 }
 
 /// What a check found.
@@ -44,12 +47,20 @@ pub struct CheckReport {
     pub findings_dropped: u64,
     /// Findings that mean loss.
     pub damaged: u64,
+    /// Copies looked at, in a store over several targets.
+    pub copies: u64,
+    /// Of these, damaged or missing ones although another is whole.
+    pub copies_bad: u64,
+    /// Of these, repaired ones.
+    pub copies_repaired: u64,
+    /// Targets that are not there.
+    pub targets_away: Vec<String>,
 }
 
 impl CheckReport {
     /// Whether anything is lost: exit code 4.
     pub fn is_damaged(&self) -> bool {
-        self.damaged > 0
+        self.damaged > 0 || self.copies_bad > self.copies_repaired || !self.targets_away.is_empty()
     }
 
     pub(crate) fn add(&mut self, findings: Vec<Finding>, dropped: u64) {
@@ -95,6 +106,11 @@ pub fn check_store(store: &Store, options: CheckOptions, progress: &mut dyn FnMu
         return Err(invalid("the share of frames to check is not from 0 to 100"));
     }
     let mut report = CheckReport::default();
+    if let Some(replicated) = store.backend().replicated() {
+        // What is found is told, and repaired only by who asks for it.
+        replicated.set_healing(false);
+        check_copies(store, replicated, options, &mut report)?;
+    }
     let common = Common::check(store, options, &mut report)?;
     let rows = store.backend().list(&Key::new("vms"))?;
     for (done, row) in rows.iter().enumerate() {

@@ -11,6 +11,7 @@ Examples:
   snapfs check /srv/snapfs
   snapfs check /srv/snapfs --read-data
   snapfs check /srv/snapfs --sample 5
+  snapfs check /srv/snapfs --read-data --repair
   snapfs check /srv/snapfs --rebuild";
 
 /// Arguments of `check`.
@@ -26,6 +27,10 @@ pub struct Check {
     /// Read this share of the data, in percent
     #[arg(long, value_name = "PERCENT", value_parser = parse_percent, conflicts_with = "read_data")]
     sample: Option<f64>,
+
+    /// Put back copies that are missing and replace damaged ones, in a store over several targets
+    #[arg(long)]
+    repair: bool,
 
     /// Make all derived data anew first
     #[arg(long)]
@@ -54,7 +59,7 @@ impl Check {
                 code = FAILED;
             }
         }
-        let options = CheckOptions { read_data: self.read_data, sample_percent: self.sample };
+        let options = CheckOptions { read_data: self.read_data, sample_percent: self.sample, repair: self.repair };
         let bar = Progress::new("check", Some(0), self.json);
         let report = check_store(&store, options, &mut |at: Checked| {
             bar.note(|| format!("check, VM {} of {}", at.vms_done + 1, at.vms_total));
@@ -74,6 +79,15 @@ impl Check {
                 report.objects,
                 output::size(report.bytes_read)
             ));
+            if report.copies > 0 {
+                text.push_str(&format!(
+                    "copies on the targets {}, bad {}, repaired {}, targets away {}\n",
+                    report.copies,
+                    report.copies_bad,
+                    report.copies_repaired,
+                    report.targets_away.len()
+                ));
+            }
             if report.snapshots_held > 0 {
                 text.push_str(&format!("{} more snapshots are forgotten and held\n", report.snapshots_held));
             }

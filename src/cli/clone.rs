@@ -7,6 +7,7 @@ use crate::cli::clone_place::{LiveMount, live_mounts};
 use crate::cli::output;
 use crate::cli::store_arg::{StoreArg, reference};
 use crate::cli::{DONE, Outcome};
+use crate::clones::description::Description;
 use crate::clones::folder::ClonesFolder;
 use crate::clones::lifecycle::{Made, make};
 use crate::error::{Error, ErrorKind, Result, not_found};
@@ -63,8 +64,10 @@ impl Clone {
         let mount = mounts.first().ok_or_else(|| {
             not_found(format!("store {} is not mounted here: a clone is a file in a mount", self.store.store.display()))
         })?;
-        let made = make_in_mount(&store, mount, &reference, self.name.as_deref())?;
+        let made = make_in_mount(&store, mount, &reference, self.name.as_deref(), |_, _| Ok(()))?;
         let path = mount.path_of(&made.name);
+        // The last word has the mount.
+        std::fs::symlink_metadata(&path).map_err(|e| Error::io(path.display().to_string(), e))?;
         if self.json {
             let (snapshot, size) = (made.description.snapshot.as_str(), made.description.image_bytes);
             output::json(&Report { name: &made.name, path, snapshot, size, read_only: mount.read_only })?;
@@ -73,26 +76,30 @@ impl Clone {
         }
         if mount.read_only {
             let shown = mount.mountpoint.display();
-            log::warn!("{shown} is mounted with ro: bind-mount its .snapfs/clones and remount that rw to write to it");
+            let how =
+                "`snapfs attach PATH --write` makes a device, and a bind mount of .snapfs/clones can be remounted rw";
+            log::warn!("{shown} is mounted with ro: to write to it, {how}");
         }
         Ok(DONE)
     }
 }
 
-/// Makes a clone that a mount shows.
+/// Makes a clone for a mount to show; whether it does is left to be asked. `note` is told of it before, as by [`make`].
 ///
 /// # Errors
 /// `ReadOnly` when nothing can be written in the mount in any way; as [`make`].
-pub fn make_in_mount(store: &Store, mount: &LiveMount, reference: &Reference, name: Option<&str>) -> Result<Made> {
+pub fn make_in_mount(
+    store: &Store,
+    mount: &LiveMount,
+    reference: &Reference,
+    name: Option<&str>,
+    note: impl FnOnce(&str, &Description) -> Result<()>,
+) -> Result<Made> {
     if mount.read_only && !rustix::process::geteuid().is_root() {
         let what = "is mounted with ro, so that clones cannot be written there: mount the store without it";
         return Err(Error::new(ErrorKind::ReadOnly, format!("{}: {what}", mount.mountpoint.display())));
     }
     let folder = ClonesFolder::at(mount.clones.clone());
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let made = make(store, &folder, reference, name, &host)?;
-    // The last word has the mount.
-    let path = mount.path_of(&made.name);
-    std::fs::symlink_metadata(&path).map_err(|e| Error::io(path.display().to_string(), e))?;
-    Ok(made)
+    make(store, &folder, reference, name, &host, note)
 }

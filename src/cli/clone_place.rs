@@ -8,7 +8,7 @@ use crate::cli::host_config::HostConfig;
 use crate::cli::mountinfo::{self, SNAPFS_TYPE};
 use crate::cli::umount::is_dead;
 use crate::clones::folder::ClonesFolder;
-use crate::error::{Error, ErrorKind, Result, not_found};
+use crate::error::{Error, ErrorKind, Result, invalid, not_found};
 use crate::store::Store;
 
 /// Below the mountpoint, the folder of clones.
@@ -87,6 +87,16 @@ pub fn live_mounts(store: &Store, path: &Path) -> Result<Vec<LiveMount>> {
     }
     mounts.sort_by_key(|mount| mount.read_only);
     Ok(mounts)
+}
+
+/// The mount at `mountpoint`, as its daemon describes it. It waits for the daemon as long as that takes.
+///
+/// # Errors
+/// `Invalid` when it is one of another store, or has no clones; `Unavailable`.
+pub fn mount_at(mountpoint: &Path, read_only: bool, store: &str) -> Result<LiveMount> {
+    let clones = clones_of(mountpoint, store).map_err(|e| e.within(mountpoint.display()))?;
+    let clones = clones.ok_or_else(|| invalid(format!("{}: has no clones of this store", mountpoint.display())))?;
+    Ok(LiveMount { mountpoint: mountpoint.to_owned(), read_only, clones })
 }
 
 /// What the daemon of a mount says about its clones; `None` when it is one of another store.

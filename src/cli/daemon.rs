@@ -29,6 +29,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fs::MountedStore;
 use crate::fs::types::Options;
 use crate::fuse::{self, MountSettings};
+use crate::ingest::background::step_back;
 use crate::store::{MemoryShares, Store};
 
 /// How often what is due is sealed.
@@ -164,6 +165,7 @@ struct Session {
     /// `None` when somebody else has mounted: then only they can unmount.
     place: Option<Place>,
     ticker: Ticker,
+    collector: Option<Collector>,
     signals: SignalThread,
     end: Receiver<End>,
     cut: Sender<End>,
@@ -179,6 +181,7 @@ impl Session {
         let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(|e| Error::io("signals", e))?;
         let store = Store::open(&store, Arc::new(SystemClock::new()), shares)?;
         let is_read_only = options.read_only;
+        let collects = options.collect && !is_read_only;
         let fs = MountedStore::new(Arc::new(store), options);
         let about = format!("{} at {}", settings.fsname, settings.mountpoint.display());
         let mounted = fuse::mount(fs.clone(), &settings)?;
@@ -199,6 +202,7 @@ impl Session {
             rustix::process::setsid().map_err(|e| Error::io("setsid", e.into()))?;
         }
         let ticker = Ticker::start(fs.clone())?;
+        let collector = collects.then(|| Collector::start(fs.clone())).transpose()?;
         let (ended, end) = mpsc::channel();
         let signals = SignalThread::start(signals, place.clone(), !in_background, ended.clone())?;
         let cut = ended.clone();
@@ -206,7 +210,7 @@ impl Session {
             // Nobody listens any more after a cut.
             let _ = ended.send(End::Served(mounted.join()));
         })?;
-        Ok(Self { fs, about, place, ticker, signals, end, cut })
+        Ok(Self { fs, about, place, ticker, collector, signals, end, cut })
     }
 
     /// Ends the mount as a signal does.
@@ -233,6 +237,9 @@ impl Session {
         self.signals.stop();
         if let Some(place) = self.place.filter(|_| !cut) {
             place.clean_up();
+        }
+        if let Some(collector) = self.collector {
+            collector.stop(&self.fs);
         }
         self.ticker.stop();
         // Even when the connection broke: what was written is to be kept.
@@ -357,6 +364,34 @@ impl Ticker {
     }
 
     fn stop(self) {
+        drop(self.stop);
+        let _ = self.thread.join();
+    }
+}
+
+/// Collects in the background what was forgotten: `gc=on`.
+struct Collector {
+    stop: Sender<()>,
+    thread: JoinHandle<()>,
+}
+
+impl Collector {
+    fn start(fs: Arc<MountedStore>) -> Result<Self> {
+        let (stop, stopped) = mpsc::channel::<()>();
+        let thread = spawn("gc", move || {
+            step_back();
+            let mut pause = TICK;
+            while stopped.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
+                // As above: a panic must not end it for all other VMs.
+                pause = catch_unwind(AssertUnwindSafe(|| fs.collect_due())).unwrap_or(TICK);
+            }
+        })?;
+        Ok(Self { stop, thread })
+    }
+
+    /// Waits for the object that is being written at the most.
+    fn stop(self, fs: &MountedStore) {
+        fs.end_collecting();
         drop(self.stop);
         let _ = self.thread.join();
     }

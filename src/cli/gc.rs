@@ -3,16 +3,18 @@
 use std::ffi::OsString;
 
 use crate::cli::output::{self, Progress};
-use crate::cli::store_arg::{StoreArg, vm_name};
+use crate::cli::store_arg::{StoreArg, parse_size, vm_name};
 use crate::cli::{BUSY, DAMAGED, DONE, Outcome, exit_code};
 use crate::collect::gc::{self, GcOptions, GcReport, collect_vm};
-use crate::error::ErrorKind;
+use crate::error::{ErrorKind, Result, invalid};
+use crate::limits::GC_RATE_BYTES_MIN;
 
 /// Shown by `--help`.
 pub const EXAMPLES: &str = "\
 Examples:
   snapfs gc /srv/snapfs
   snapfs gc /srv/snapfs web01 --dry-run
+  snapfs gc /srv/snapfs --limit-rate 50M
   snapfs gc /srv/snapfs --exact";
 
 /// Arguments of `gc`.
@@ -33,9 +35,20 @@ pub struct Gc {
     #[arg(long)]
     dry_run: bool,
 
+    /// Read and write so many bytes a second at the most, for example 50M
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    limit_rate: Option<u64>,
+
     /// Report in JSON
     #[arg(long)]
     json: bool,
+}
+
+fn parse_rate(text: &str) -> Result<u64> {
+    match parse_size(text)? {
+        bytes if bytes < GC_RATE_BYTES_MIN => Err(invalid("less than 64K a second: it would not end")),
+        bytes => Ok(bytes),
+    }
 }
 
 #[derive(serde::Serialize)]
@@ -50,7 +63,10 @@ impl Gc {
     /// # Errors
     /// As [`collect_vm`] for a VM that was named; other VMs' errors are told and the rest is collected.
     pub fn run(&self) -> Outcome {
-        let store = self.store.open()?;
+        let mut store = self.store.open()?;
+        if let Some(bytes_per_second) = self.limit_rate {
+            store = store.limited_to(bytes_per_second);
+        }
         let names = match &self.vm {
             Some(vm) => vec![vm_name(vm)?],
             None => store.vm_names()?,

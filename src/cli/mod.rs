@@ -88,6 +88,8 @@ Mount options:
   allow_other        other users may ask; permissions count all the same [default for root]
   noallow_other      only the user who mounts may ask [default for others]
   noexec             no programs are run from the mount
+  nodelete           nothing can be removed through this mount (EPERM)
+  gc=on              what is forgotten through this mount is collected in the background [default: off]
   clones=DIR         where writable clones are kept [default: /var/lib/snapfs/clones for root]
   log=FILE           log to a file instead of the system log
 

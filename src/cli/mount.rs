@@ -42,8 +42,8 @@ const MESSAGE_BYTES_MAX: u64 = 64 << 10;
 /// Arguments of `snapfs mount`, but for the store and the mountpoint.
 #[derive(Debug, clap::Args)]
 pub struct Mount {
-    /// Options: ro, allow_other, noallow_other, noexec, seal_after=TIME, max_memory=SIZE, threads=N, log=FILE,
-    /// clones=DIR
+    /// Options: ro, allow_other, noallow_other, noexec, nodelete, seal_after=TIME, max_memory=SIZE, threads=N,
+    /// log=FILE, clones=DIR, gc=on
     #[arg(short = 'o', value_name = "OPTION,...")]
     pub options: Vec<String>,
 
@@ -196,7 +196,8 @@ fn assignment(store: &Path, mountpoint: &Path, options: &MountOptions, shares: M
             None
         }
     };
-    let options = Options { read_only: options.read_only, seal_after, clones };
+    let (no_delete, collect) = (options.no_delete, options.collect);
+    let options = Options { read_only: options.read_only, seal_after, clones, no_delete, collect };
     Ok(Assignment { store, shares, options, settings })
 }
 

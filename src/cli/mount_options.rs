@@ -77,6 +77,10 @@ pub struct MountOptions {
     pub log: Option<PathBuf>,
     /// `clones=DIR`.
     pub clones: Option<PathBuf>,
+    /// `nodelete`.
+    pub no_delete: bool,
+    /// `gc=on` or `gc=off`.
+    pub collect: bool,
 }
 
 impl MountOptions {
@@ -111,6 +115,7 @@ impl MountOptions {
                 "noallow_other" => self.allow_other = Some(false),
                 "default_permissions" => self.default_permissions = true,
                 "noexec" => self.no_exec = true,
+                "nodelete" => self.no_delete = true,
                 _ => return Ok(self.ignore(word)),
             },
             Some(("seal_after", value)) => self.seal_after = Some(parse_time(value)?),
@@ -120,6 +125,9 @@ impl MountOptions {
             Some(("log", value)) => self.log = Some(PathBuf::from(value)),
             Some(("clones", "")) => return Err(invalid("no folder")),
             Some(("clones", value)) => self.clones = Some(PathBuf::from(value)),
+            Some(("gc", "on")) => self.collect = true,
+            Some(("gc", "off")) => self.collect = false,
+            Some(("gc", _)) => return Err(invalid("neither on nor off")),
             Some(_) => return Ok(self.ignore(word)),
         }
         Ok(true)
@@ -195,7 +203,7 @@ mod tests {
     fn our_options_are_read() {
         let options = parsed(
             "ro,allow_other,default_permissions,noexec,seal_after=1.5s,max_memory=512M,threads=8,log=/var/log/snapfs.log,\
-             clones=/var/clones",
+             clones=/var/clones,nodelete,gc=on",
         );
         let expected = MountOptions {
             read_only: true,
@@ -207,6 +215,8 @@ mod tests {
             threads: Some(8),
             log: Some(PathBuf::from("/var/log/snapfs.log")),
             clones: Some(PathBuf::from("/var/clones")),
+            no_delete: true,
+            collect: true,
         };
         assert_eq!(options, expected);
         assert_eq!(parsed(""), MountOptions::default());
@@ -215,7 +225,8 @@ mod tests {
 
     #[test]
     fn the_last_one_of_a_kind_wins() {
-        let lists = ["ro,allow_other,noexec,threads=2".to_owned(), "rw,noallow_other,exec,threads=3".to_owned()];
+        let lists =
+            ["ro,allow_other,noexec,gc=on,threads=2".to_owned(), "rw,noallow_other,exec,gc=off,threads=3".to_owned()];
         let options = MountOptions::parse(&lists).unwrap();
         let expected = MountOptions { allow_other: Some(false), threads: Some(3), ..MountOptions::default() };
         assert_eq!(options, expected);
@@ -267,6 +278,9 @@ mod tests {
             "threads=257",
             "log=",
             "clones=",
+            "gc",
+            "gc=yes",
+            "nodelete=1",
             "ro=1",
             "allow_root",
             "x",

@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use crate::cli::attach::user_of;
 use crate::cli::mountinfo::{self, SNAPFS_TYPE};
 use crate::error::{Error, ErrorKind, Result, busy, invalid, not_found};
 
@@ -41,6 +42,7 @@ pub fn run(mountpoint: &Path) -> Result<()> {
     if is_dead(&path) {
         return unmount(&path, How::Lazily);
     }
+    check_is_not_attached(&path)?;
     let daemon = daemon_of(&path);
     let mut tries = 1;
     loop {
@@ -81,6 +83,19 @@ fn check_is_ours(path: &Path) -> Result<()> {
             Err(invalid(format!("{}: is a mount of type {}, not a store", path.display(), row.kind)))
         }
         Some(_) => Ok(()),
+    }
+}
+
+/// Refuses while a device shows a file of the filesystem that goes with this mount, its last one.
+fn check_is_not_attached(path: &Path) -> Result<()> {
+    let rows = mountinfo::read()?;
+    let Some(top) = mountinfo::top(&rows, path) else { return Ok(()) };
+    if rows.iter().any(|row| row.device == top.device && row.id != top.id) {
+        return Ok(());
+    }
+    match user_of(&top.device) {
+        Some(user) => Err(busy(format!("{}: is in use: {user}", path.display()))),
+        None => Ok(()),
     }
 }
 

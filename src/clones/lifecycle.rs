@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clones::MapMemory;
-use crate::clones::description::Description;
-use crate::clones::folder::{ClonesFolder, OpenClone, check_name};
+use crate::clones::description::{Description, hex};
+use crate::clones::folder::{ClonesFolder, LockedFolder, OpenClone, check_name};
 use crate::clones::snapshot::{describe, hold, release};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::NAME_BYTES_MAX;
@@ -34,19 +34,21 @@ pub struct Made {
 }
 
 /// Makes a clone of a snapshot, held by the store from before it appears. Without a name it gets one that is free, made
-/// of the snapshot's. `host` says where it is, for people.
+/// of the snapshot's. `host` says where it is, for people. `note` is told what it will be before anything of it is
+/// there, so that whoever is cut off can find it again.
 ///
 /// Cost: three listings of the VM's log, one put, and a few small files.
 ///
 /// # Errors
-/// `NotFound`, `Invalid` for a draft or a name that is none, `Exists`, `Stale` when the snapshot was forgotten
-/// meanwhile, `NoSpace`, `ReadOnly`, `Denied`, `Corrupt`, `Unavailable`.
+/// Those of `note`; `NotFound`, `Invalid` for a draft or a name that is none, `Exists`, `Stale` when the snapshot was
+/// forgotten meanwhile, `NoSpace`, `ReadOnly`, `Denied`, `Corrupt`, `Unavailable`.
 pub fn make(
     store: &Store,
     folder: &ClonesFolder,
     reference: &Reference,
     name: Option<&str>,
     host: &str,
+    note: impl FnOnce(&str, &Description) -> Result<()>,
 ) -> Result<Made> {
     name.map_or(Ok(()), check_name)?;
     let description = describe(store, reference)?;
@@ -56,6 +58,7 @@ pub fn make(
         Some(name) => name.to_owned(),
         None => free_name(folder, &description.snapshot)?,
     };
+    note(&name, &description)?;
     let place = format!("{host}:{}/{name}", folder.path().display());
     let made = locked.create(&name, description, |description| hold(store, description, &place));
     match made {
@@ -97,6 +100,32 @@ pub fn remove(store: &Store, folder: &ClonesFolder, name: &str) -> Result<()> {
     folder.find(name).map(drop).or_else(|e| if e.kind() == ErrorKind::NotFound { Err(e) } else { Ok(()) })?;
     let locked = folder.lock()?;
     locked.litter(|litter| release(store, litter))?;
+    remove_locked(store, &locked, name)
+}
+
+/// Removes the clone of this name if it is the one of this identity, and what was left of it by whoever was cut off.
+/// Done when there is nothing.
+///
+/// # Errors
+/// `Corrupt` when it cannot be told which clone it is; else as [`remove`].
+pub fn remove_this(store: &Store, folder: &ClonesFolder, name: &str, id: &str) -> Result<()> {
+    check_name(name)?;
+    // Not to make a folder only to find it empty.
+    if std::fs::symlink_metadata(folder.path()).is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound) {
+        return Ok(());
+    }
+    let locked = folder.lock()?;
+    locked.litter(|litter| release(store, litter))?;
+    match folder.find(name) {
+        Ok(found) if hex(&found.description.clone.0) == id => remove_locked(store, &locked, name),
+        // Somebody else's.
+        Ok(_) => Ok(()),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
+fn remove_locked(store: &Store, locked: &LockedFolder<'_>, name: &str) -> Result<()> {
     when_idle(|| {
         locked.remove(name, |description| match description {
             Some(description) => release(store, description),

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::Serialize;
 
@@ -39,6 +40,15 @@ pub struct GcOptions {
     pub dry_run: bool,
 }
 
+/// How far a collection goes that others must not notice.
+#[derive(Debug, Clone, Copy)]
+pub struct Bounds<'a> {
+    /// Bytes of new objects after which compaction ends; the object in which they are reached is finished.
+    pub bytes: u64,
+    /// When this is set, it ends after the object that is being written.
+    pub stop: &'a AtomicBool,
+}
+
 /// What a collection did; of a dry run, what it would do.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct GcReport {
@@ -50,6 +60,8 @@ pub struct GcReport {
     pub busy: bool,
     /// Whether compaction stopped because the medium is full.
     pub no_space: bool,
+    /// Whether compaction stopped at its bounds: there is more to do.
+    pub partial: bool,
     /// Bytes of objects before, less those after. An estimate in a dry run.
     pub bytes_reclaimed: u64,
     /// Dead bytes that stay: in objects of which too little is dead, or because of one of the reasons above.
@@ -108,6 +120,25 @@ pub fn collect_vm(
     options: GcOptions,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<GcReport> {
+    collect(store, name, options, None, progress)
+}
+
+/// Collects some of one VM: all that is whole and dead, and by compaction as much as `bounds` allow, so that the write
+/// lock is given back soon. The next call goes on.
+///
+/// # Errors
+/// As [`collect_vm`].
+pub fn collect_some(store: &Store, name: &VmName, bounds: Bounds<'_>) -> Result<GcReport> {
+    collect(store, name, GcOptions::default(), Some(bounds), &mut |_| {})
+}
+
+fn collect(
+    store: &Store,
+    name: &VmName,
+    options: GcOptions,
+    bounds: Option<Bounds<'_>>,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<GcReport> {
     let vm = store.vm_handle(name);
     let mut report = GcReport { vm: name.as_str().to_owned(), ..GcReport::default() };
     progress(Progress::Planning);
@@ -125,7 +156,7 @@ pub fn collect_vm(
     } else {
         drop((state, plan, left));
         match Session::begin_without_index(store, &vm) {
-            Ok(session) => Collector::new(&session, options, report.clone(), progress).run(&mut report)?,
+            Ok(session) => Collector::new(&session, options, bounds, report.clone(), progress).run(&mut report)?,
             Err(e) if e.kind() == ErrorKind::Busy => {
                 log::info!("{e}");
                 report.busy = true;
@@ -277,6 +308,7 @@ struct Collector<'a> {
     session: &'a Session,
     vm: Arc<Vm>,
     options: GcOptions,
+    bounds: Option<Bounds<'a>>,
     report: GcReport,
     progress: &'a mut dyn FnMut(Progress),
     // What `dropping` named and is proven gone.
@@ -285,20 +317,30 @@ struct Collector<'a> {
     live_roots: BTreeSet<RootId>,
     moving: Moving,
     compacted: u64,
+    // Bytes of new objects.
+    written_bytes: u64,
 }
 
 impl<'a> Collector<'a> {
-    fn new(session: &'a Session, options: GcOptions, report: GcReport, progress: &'a mut dyn FnMut(Progress)) -> Self {
+    fn new(
+        session: &'a Session,
+        options: GcOptions,
+        bounds: Option<Bounds<'a>>,
+        report: GcReport,
+        progress: &'a mut dyn FnMut(Progress),
+    ) -> Self {
         Self {
             session,
             vm: session.vm().clone(),
             options,
+            bounds,
             report,
             progress,
             deleted: BTreeSet::new(),
             live_roots: BTreeSet::new(),
             moving: Moving::default(),
             compacted: 0,
+            written_bytes: 0,
         }
     }
 
@@ -438,6 +480,10 @@ impl<'a> Collector<'a> {
                 }
             };
             for bin in bins(&surveyed.surveys) {
+                if self.is_over() {
+                    self.report.partial = true;
+                    return self.publish();
+                }
                 let bin: Vec<&Survey> = bin.iter().filter_map(|at| surveyed.surveys.get(*at)).collect();
                 if let Err(e) = self.compact_bin(&bin, &surveyed) {
                     let was_empty = self.moving.packs.is_empty();
@@ -457,6 +503,11 @@ impl<'a> Collector<'a> {
         self.publish()?;
         self.report.bytes_reclaimable_left = plan.left_bytes;
         Ok(())
+    }
+
+    /// Whether the bounds are reached. What is dead as a whole is gone by then: that takes no time.
+    fn is_over(&self) -> bool {
+        self.bounds.is_some_and(|b| self.written_bytes >= b.bytes || b.stop.load(Ordering::Relaxed))
     }
 
     /// Writes one object for all in `bin`. Those that cannot be read stay as they are.
@@ -494,7 +545,9 @@ impl<'a> Collector<'a> {
 
     fn note_moved(&mut self, bin: &[&Survey], entries: Vec<PackEntry>) {
         let moved: BTreeSet<PackNumber> = entries.iter().map(|e| e.number).collect();
-        self.moving.bytes += entries.first().map_or(0, |e| e.object_bytes);
+        let bytes = entries.first().map_or(0, |e| e.object_bytes);
+        self.moving.bytes += bytes;
+        self.written_bytes += bytes;
         self.moving.packs.extend(entries);
         for survey in bin {
             self.moving.dead_objects.push(survey.held.object);

@@ -8,7 +8,7 @@ use crate::backend::testing::{Fault, Faulty, Memory, Scope};
 use crate::catalog::record::Op;
 use crate::catalog::roots::root_key;
 use crate::catalog::vm::pack_key;
-use crate::collect::gc::{GcOptions, GcReport, collect_vm};
+use crate::collect::gc::{Bounds, GcOptions, GcReport, collect_some, collect_vm};
 use crate::collect::plan::Plan;
 use crate::collect::testing::{Bench, Model, block, open, read, vm};
 use crate::error::ErrorKind;
@@ -248,6 +248,37 @@ fn dead_packs_go_although_there_is_no_room_for_compaction() {
     let report = collect_vm(&store, &vm("web01"), GcOptions::default(), &mut |_| {}).unwrap();
     assert!(report.packs_dropped > 0 && report.bytes_reclaimed > 0, "{report:?}");
     bench.verify(&full);
+}
+
+#[test]
+fn a_bounded_round_drops_what_is_dead_and_leaves_the_rest_to_the_next() {
+    let mut bench = history(Memory::new(), 12);
+    bench.forget(&["web01/1.img", "web01/0.img"]);
+    let whole = gc(&bench, false, true);
+    assert!(whole.packs_dropped > 0 && whole.packs_compacted > 1, "{whole:?}");
+    let round = |bytes: u64, stop: bool| {
+        collect_some(&bench.store, &vm("web01"), Bounds { bytes, stop: &AtomicBool::new(stop) }).unwrap()
+    };
+    for (bytes, stop) in [(u64::MAX, true), (0, false)] {
+        let stopped = round(bytes, stop);
+        assert!(stopped.partial && stopped.packs_written == 0, "{stopped:?}");
+        bench.verify(&bench.memory);
+    }
+    // What is dead as a whole went in the first of them.
+    assert_eq!(gc(&bench, false, true).packs_dropped, 0);
+    let mut rounds = Vec::new();
+    loop {
+        let report = round(1, false);
+        bench.verify(&bench.memory);
+        let is_partial = report.partial;
+        rounds.push(report.packs_written);
+        if !is_partial {
+            break;
+        }
+    }
+    assert!(rounds.len() > 1 && rounds.iter().all(|written| *written <= 1), "{rounds:?}");
+    let rest = gc(&bench, true, false);
+    assert!(rest.idle && !rest.partial, "{rest:?}");
 }
 
 #[test]

@@ -98,7 +98,8 @@ impl MountedStore {
             .entry(vm.name().to_owned())
             .or_insert_with(|| Arc::new(Mutex::new(Weak::new())))
             .clone();
-        // Held while a session begins: two openers share what one of them begins.
+        self.stop_collecting(vm.name());
+        // Held while a session begins: two openers share what one of them begins. Held, too, while collection is at work.
         let mut weak = slot.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(session) = weak.upgrade() {
             return Ok(session);
@@ -114,6 +115,13 @@ impl MountedStore {
         let slot = lock(&self.sessions).get(vm).cloned();
         let _ending = slot.as_ref().map(|slot| slot.lock().unwrap_or_else(PoisonError::into_inner));
         drop(draft);
+    }
+
+    /// Does `work` while nobody in this process writes the VM, nor can begin to; `None` when somebody does.
+    pub(super) fn without_session<T>(&self, vm: &str, work: impl FnOnce() -> T) -> Option<T> {
+        let slot = lock(&self.sessions).entry(vm.to_owned()).or_default().clone();
+        let weak = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        (weak.strong_count() == 0).then(work)
     }
 
     /// Whether this process is the VM's writer now.
@@ -280,8 +288,8 @@ impl MountedStore {
             open.readers -= 1;
         }
         let handle = self.keep_handle(OpenHandle::File { file, write: true });
-        let ino = self.nodes.ino(&Self::file_node(&state, &key.0, &entry));
-        Ok((self.file_attributes(&key, ino)?, Opened { handle, direct: true, keep_cache: false }))
+        let attributes = self.told(&Self::file_node(&state, &key.0, &entry))?;
+        Ok((attributes, Opened { handle, direct: true, keep_cache: false }))
     }
 
     /// Reads; returns how many bytes: fewer than asked only at the end of the file.

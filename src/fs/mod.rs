@@ -4,6 +4,7 @@
 //! their grace times, and the sessions that they share.
 
 mod clones;
+mod collect;
 mod files;
 mod nodes;
 mod seal;
@@ -21,6 +22,7 @@ use crate::catalog::vm::Vm;
 use crate::collect::young::Young;
 use crate::error::{Error, ErrorKind, Result, invalid, not_found};
 use crate::fs::clones::{CloneFile, Clones};
+use crate::fs::collect::Collecting;
 use crate::fs::files::OpenFile;
 use crate::fs::nodes::{Node, Nodes};
 use crate::fs::seal::Candidate;
@@ -60,6 +62,7 @@ pub struct MountedStore {
     sessions: Mutex<HashMap<String, Arc<Mutex<Weak<Session>>>>>,
     candidates: Mutex<HashMap<FileKey, Candidate>>,
     to_merge: Mutex<BTreeSet<String>>,
+    collecting: Collecting,
     looked_at: Mutex<HashMap<String, Duration>>,
     lingering_links: Mutex<HashMap<(String, Option<String>), Duration>>,
     clones: Clones,
@@ -97,6 +100,7 @@ impl MountedStore {
             sessions: Mutex::default(),
             candidates: Mutex::default(),
             to_merge: Mutex::default(),
+            collecting: Collecting::default(),
             looked_at: Mutex::default(),
             lingering_links: Mutex::default(),
             budget,
@@ -108,6 +112,15 @@ impl MountedStore {
     fn writable(&self) -> Result<()> {
         if self.options.read_only {
             return Err(Error::new(ErrorKind::ReadOnly, "mounted read-only"));
+        }
+        Ok(())
+    }
+
+    /// Whether anything may be removed.
+    fn deletable(&self) -> Result<()> {
+        self.writable()?;
+        if self.options.no_delete {
+            return Err(denied("nothing can be removed through this mount: it has the option nodelete"));
         }
         Ok(())
     }
@@ -184,7 +197,18 @@ impl MountedStore {
     /// `NotFound`, `Corrupt`, `Unavailable`.
     pub fn lookup(&self, parent: Ino, name: &str) -> Result<Attributes> {
         let node = self.find(&self.nodes.node(parent)?, name)?;
-        self.attributes_of(&node)
+        self.told(&node)
+    }
+
+    /// Attributes whose inode number the kernel keeps until it calls [`MountedStore::forget_inode`].
+    fn told(&self, node: &Node) -> Result<Attributes> {
+        let attributes = self.attributes_of(node)?;
+        Ok(Attributes { ino: self.nodes.remember(node), ..attributes })
+    }
+
+    /// The kernel has forgotten an inode: so many of the lookups (and creations) that told it of the number.
+    pub fn forget_inode(&self, ino: Ino, lookups: u64) {
+        self.nodes.forget(ino, lookups);
     }
 
     /// The attributes of an inode.
@@ -383,15 +407,16 @@ impl MountedStore {
             }
             _ => return Err(denied("folders are VMs, and disks of VMs; there is no third level")),
         };
-        self.attributes_of(&node)
+        self.told(&node)
     }
 
     /// Removes an empty folder.
     ///
     /// # Errors
-    /// `NotEmpty`, `NotFound`, `NotFolder`, `Denied`, `ReadOnly`, `NoSpace`, `Unavailable`.
+    /// `NotEmpty`, `NotFound`, `NotFolder`, `Denied` (for all in a mount with `nodelete`), `ReadOnly`, `NoSpace`,
+    /// `Unavailable`.
     pub fn remove_folder(&self, parent: Ino, name: &str) -> Result<()> {
-        self.writable()?;
+        self.deletable()?;
         let not_empty = || Error::new(ErrorKind::NotEmpty, format!("{name:?} is not empty"));
         match self.find(&self.nodes.node(parent)?, name)? {
             Node::Vm(vm) => {
@@ -401,7 +426,9 @@ impl MountedStore {
                         return Err(not_empty());
                     }
                     Ok((if state.exists() { vec![Op::Delete {}] } else { Vec::new() }, ()))
-                })
+                })?;
+                self.note_forgotten(vm.name());
+                Ok(())
             }
             Node::Disk(vm, disk) => {
                 let (vm, _) = self.vm(&vm)?;
@@ -421,10 +448,10 @@ impl MountedStore {
     /// Forgets a snapshot or a draft (G1).
     ///
     /// # Errors
-    /// `NotFound`, `IsFolder`, `Denied` when it is protected or younger than the store's `min_age`, `ReadOnly`,
-    /// `NoSpace`, `Unavailable`.
+    /// `NotFound`, `IsFolder`, `Denied` when it is protected, younger than the store's `min_age` or in a mount with
+    /// `nodelete`, `ReadOnly`, `NoSpace`, `Unavailable`.
     pub fn unlink(&self, parent: Ino, name: &str) -> Result<()> {
-        self.writable()?;
+        self.deletable()?;
         match self.find(&self.nodes.node(parent)?, name)? {
             Node::File(vm, _, id) => {
                 let (handle, entry) = self.file(&(vm.clone(), id))?;
@@ -436,6 +463,7 @@ impl MountedStore {
                 let until = self.store.clock().elapsed() + LINK_LINGERS;
                 lock(&self.lingering_links).insert((vm.clone(), entry.disk), until);
                 lock(&self.candidates).remove(&(vm.clone(), id));
+                self.note_forgotten(&vm);
                 if let Some(open) = lock(&self.open_files).get(&(vm, id)) {
                     open.unlinked();
                 }
@@ -498,6 +526,9 @@ impl MountedStore {
             if target.is_some_and(|t| no_replace || t.sealed.is_some() || t.protected) {
                 return Err(exists());
             }
+            if target.is_some() {
+                self.deletable()?;
+            }
             let replaced = target.map(|t| t.id);
             let rename = Op::Rename { file: id, disk: new_disk.clone(), name: new_name.to_owned(), replaced };
             let mut ops = vec![rename];
@@ -510,6 +541,9 @@ impl MountedStore {
         drop(guard);
         if let Some(entry) = sealed_now {
             self.note_sealed(&vm, &entry);
+        }
+        if replaced.is_some() {
+            self.note_forgotten(&vm);
         }
         if let Some(replaced) = replaced
             && let Some(open) = lock(&self.open_files).get(&(vm.clone(), replaced))
@@ -596,6 +630,8 @@ impl MountedStore {
             "store": self.store.config().store,
             "read_only": self.options.read_only,
             "clones": self.clones.path(),
+            "nodelete": self.options.no_delete,
+            "gc": self.options.collect,
         });
         format!("{status}\n")
     }

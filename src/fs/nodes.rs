@@ -1,7 +1,7 @@
 //! Inode numbers: derived from what a thing is, so that they are the same after every restart.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::clones::map::CloneId;
 use crate::error::{Error, ErrorKind, Result};
@@ -55,44 +55,126 @@ impl Node {
     }
 }
 
-/// The inode numbers that were given out.
+/// The inode numbers that the kernel knows, each with how often it was told: as many forgets take it away again, so
+/// the table is as large as the kernel's cache and not as the store (I8).
 #[derive(Debug, Default)]
 pub struct Nodes(Mutex<Table>);
 
 #[derive(Debug, Default)]
 struct Table {
-    by_ino: HashMap<Ino, Node>,
+    by_ino: HashMap<Ino, Known>,
     by_node: HashMap<Node, Ino>,
 }
 
-impl Nodes {
-    /// The number of a node. Two nodes of one hash (which 2^32 files make likely) get neighbouring numbers.
-    pub fn ino(&self, node: &Node) -> Ino {
-        if *node == Node::Root {
-            return ROOT;
-        }
-        let mut table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(ino) = table.by_node.get(node) {
+#[derive(Debug)]
+struct Known {
+    node: Node,
+    lookups: u64,
+}
+
+impl Table {
+    /// Two nodes of one hash (which 2^32 files make likely) get neighbouring numbers.
+    fn number_of(&self, node: &Node) -> Ino {
+        if let Some(ino) = self.by_node.get(node) {
             return *ino;
         }
         let mut ino = Ino(node.hash().max(2));
-        while table.by_ino.contains_key(&ino) {
+        while self.by_ino.contains_key(&ino) {
             ino = Ino((ino.0 + 1).max(2));
         }
-        table.by_ino.insert(ino, node.clone());
-        table.by_node.insert(node.clone(), ino);
         ino
+    }
+}
+
+impl Nodes {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The number of a node, for a listing.
+    pub fn ino(&self, node: &Node) -> Ino {
+        if *node == Node::Root { ROOT } else { self.table().number_of(node) }
+    }
+
+    /// The number of a node that the kernel is told of, and will forget.
+    pub fn remember(&self, node: &Node) -> Ino {
+        if *node == Node::Root {
+            return ROOT;
+        }
+        let mut table = self.table();
+        let ino = table.number_of(node);
+        if let Some(known) = table.by_ino.get_mut(&ino) {
+            known.lookups = known.lookups.saturating_add(1);
+        } else {
+            table.by_ino.insert(ino, Known { node: node.clone(), lookups: 1 });
+            table.by_node.insert(node.clone(), ino);
+        }
+        ino
+    }
+
+    /// Takes back so many of the times that a number was told.
+    pub fn forget(&self, ino: Ino, lookups: u64) {
+        let mut table = self.table();
+        let Some(known) = table.by_ino.get_mut(&ino) else { return };
+        known.lookups = known.lookups.saturating_sub(lookups);
+        if known.lookups == 0
+            && let Some(known) = table.by_ino.remove(&ino)
+        {
+            table.by_node.remove(&known.node);
+        }
     }
 
     /// The node of a number.
     ///
     /// # Errors
-    /// `Stale` for one that was never given out.
+    /// `Stale` for one that the kernel was not told, or has forgotten.
     pub fn node(&self, ino: Ino) -> Result<Node> {
         if ino == ROOT {
             return Ok(Node::Root);
         }
-        let table = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        table.by_ino.get(&ino).cloned().ok_or_else(|| Error::new(ErrorKind::Stale, format!("inode {}", ino.0)))
+        let known = self.table().by_ino.get(&ino).map(|known| known.node.clone());
+        known.ok_or_else(|| Error::new(ErrorKind::Stale, format!("inode {}", ino.0)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_is_kept_as_long_as_the_kernel_knows_it_and_is_the_same_again_later() {
+        let nodes = Nodes::default();
+        let node = |name: &str| Node::Vm(name.to_owned());
+        let listed = nodes.ino(&node("a"));
+        assert!(nodes.node(listed).is_err(), "a listing tells no numbers that come back");
+        assert_eq!(nodes.remember(&node("a")), listed);
+        assert_eq!(nodes.remember(&node("a")), listed);
+        nodes.forget(listed, 1);
+        assert_eq!(nodes.node(listed).unwrap(), node("a"));
+        nodes.forget(listed, 1);
+        nodes.forget(listed, 1);
+        assert_eq!(nodes.node(listed).unwrap_err().kind(), ErrorKind::Stale);
+        assert_eq!(nodes.remember(&node("a")), listed);
+        nodes.forget(listed, u64::MAX);
+        for name in 0..1000 {
+            let ino = nodes.remember(&node(&name.to_string()));
+            nodes.forget(ino, 1);
+        }
+        assert!(nodes.table().by_ino.is_empty() && nodes.table().by_node.is_empty());
+        nodes.forget(ROOT, 1);
+        assert_eq!(nodes.node(ROOT).unwrap(), Node::Root);
+    }
+
+    #[test]
+    fn nodes_of_one_hash_are_told_apart() {
+        let nodes = Nodes::default();
+        let (a, b) = (Node::Vm("a".to_owned()), Node::Vm("b".to_owned()));
+        let taken = nodes.ino(&a);
+        nodes.table().by_ino.insert(taken, Known { node: b.clone(), lookups: 1 });
+        nodes.table().by_node.insert(b.clone(), taken);
+        assert_eq!(nodes.remember(&a), Ino(taken.0 + 1));
+        nodes.forget(taken, 1);
+        assert_eq!(nodes.remember(&a), Ino(taken.0 + 1), "while it is known it stays");
+        assert_eq!(nodes.node(Ino(taken.0 + 1)).unwrap(), a);
     }
 }

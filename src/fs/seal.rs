@@ -35,6 +35,7 @@ pub(super) enum SealGuard {
 impl MountedStore {
     /// The right to seal in a VM; `None` when another process writes it, whose draft it may be.
     pub(super) fn seal_guard(&self, vm: &Arc<Vm>, name: &str) -> Result<Option<SealGuard>> {
+        self.stop_collecting(name);
         if self.has_session(name) {
             return Ok(Some(SealGuard::OurSession));
         }

@@ -122,11 +122,15 @@ pub struct Options {
     pub seal_after: Duration,
     /// The folder of writable clones of all stores on this host. Without it there are none.
     pub clones: Option<PathBuf>,
+    /// Nothing is removed through this mount: no snapshot, no draft, no folder.
+    pub no_delete: bool,
+    /// A VM is collected in the background after something of it was forgotten through this mount.
+    pub collect: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { read_only: false, seal_after: Duration::from_secs(5), clones: None }
+        Self { read_only: false, seal_after: Duration::from_secs(5), clones: None, no_delete: false, collect: false }
     }
 }
 

@@ -4,6 +4,7 @@
 //! length the log knows, gives all that reading needs; the slot table is read only by deduplication and `check`.
 
 pub mod cache;
+pub mod copies;
 pub mod frame;
 pub mod index;
 pub mod reader;

@@ -13,6 +13,7 @@ use crate::fingerprint::{Fingerprint, fingerprint};
 use crate::limits::{BLOCK_BYTES, RECIPE_FRAME_BYTES_MAX};
 use crate::pack::Content;
 use crate::pack::cache::Cache;
+use crate::pack::copies;
 use crate::pack::frame::{FrameRow, decompress, slot_range};
 use crate::pack::index::{Member, PackIndex, TRAILER_BYTES, fingerprints, page_checksum};
 use crate::recipe::Place;
@@ -215,10 +216,24 @@ impl Packs {
                 Err(e) if e.kind() == ErrorKind::Corrupt && !e.to_string().contains(place.key.as_str()) => {
                     return Err(e.within(&place.key));
                 }
-                done => return done,
+                done => {
+                    if done.is_ok() {
+                        self.heal_if_wanted(&place);
+                    }
+                    return done;
+                }
             }
         }
         Err(Error::new(ErrorKind::Unavailable, format!("{}: moves all the time", place.key)))
+    }
+
+    /// Replaces bad copies that the last reads met. Free where there is one copy, and while all are good.
+    fn heal_if_wanted(&self, place: &ObjectPlace) {
+        let Some(replicated) = self.backend.replicated().filter(|r| r.wants_healing(&place.key)) else { return };
+        // The read itself was right, whatever comes of this.
+        if let Err(e) = copies::heal(replicated, place) {
+            log::warn!("{}: its copies stay as they are: {e}", place.key);
+        }
     }
 
     /// The index of an object. Cost: one backend read when it is not cached.
@@ -321,14 +336,20 @@ impl Packs {
         let start = member.offsets.get(range.start).copied().unwrap_or(0);
         let total: usize = rows.iter().map(|r| r.stored_bytes as usize).sum();
         let mut stored = vec![0; total];
-        self.backend.read(&place.key, start, &mut stored)?;
-        let mut rest = &stored[..];
+        let mut raws = Vec::with_capacity(rows.len());
+        self.backend.read_checked(&place.key, start, &mut stored, &mut |stored| {
+            raws.clear();
+            let mut rest = stored;
+            for row in rows {
+                let (bytes, tail) = rest.split_at(row.stored_bytes as usize);
+                rest = tail;
+                raws.push(row.open(place.content, place.incarnation, member.number, bytes)?);
+            }
+            Ok(())
+        })?;
         let mut offset = start;
         let mut first = None;
-        for row in rows {
-            let (bytes, tail) = rest.split_at(row.stored_bytes as usize);
-            rest = tail;
-            let raw = row.open(place.content, place.incarnation, member.number, bytes)?;
+        for (row, raw) in rows.iter().zip(raws) {
             let opened = Arc::new(Opened { row: *row, raw });
             let cache = match place.content {
                 Content::Data => &self.caches.frames,
@@ -404,18 +425,29 @@ impl Packs {
                     return Ok(None);
                 }
                 let mut stored = vec![0; place.frame_bytes as usize];
-                match self.backend.read(&object.key, u64::from(place.frame_offset), &mut stored) {
+                let mut opened = None;
+                let mut verify = |stored: &[u8]| {
+                    let (row, payload) = FrameRow::split_prefix(stored)?;
+                    let raw = decompress(row.codec, payload, row.raw_bytes as usize)?;
+                    let read = Opened { row, raw };
+                    // Not cached before its slot was found right.
+                    if slot_if_right(&read, place).is_none() {
+                        return Err(corrupt(format!("slot {} is not what was meant", place.slot.slot())));
+                    }
+                    opened = Some(Arc::new(read));
+                    Ok(())
+                };
+                match self.backend.read_checked(
+                    &object.key,
+                    u64::from(place.frame_offset),
+                    &mut stored,
+                    &mut verify,
+                ) {
                     Ok(()) => {}
                     Err(e) if e.kind() == ErrorKind::Corrupt => return Ok(None),
                     Err(e) => return Err(e),
                 }
-                let Ok((row, payload)) = FrameRow::split_prefix(&stored) else { return Ok(None) };
-                let Ok(raw) = decompress(row.codec, payload, row.raw_bytes as usize) else { return Ok(None) };
-                let opened = Arc::new(Opened { row, raw });
-                // Not cached before its slot was found right: see below.
-                if slot_if_right(&opened, place).is_none() {
-                    return Ok(None);
-                }
+                let Some(opened) = opened else { return Ok(None) };
                 self.caches.recipes.put(key, opened.clone(), opened.raw.len() + 160);
                 opened
             }
@@ -495,13 +527,18 @@ pub fn read_index(backend: &dyn Backend, place: &ObjectPlace) -> Result<PackInde
         return Err(corrupt(format!("{}: tail of {tail_bytes} bytes", place.key)));
     }
     let mut tail = vec![0; place.tail_bytes as usize];
-    backend.read(&place.key, place.bytes - tail_bytes, &mut tail)?;
-    let index = PackIndex::decode_tail(&tail, place.bytes).map_err(wrong)?;
-    let told = (index.identity.incarnation, index.identity.object, index.identity.content);
-    if told != (place.incarnation, place.object, place.content) {
-        return Err(corrupt(format!("{}: is another object, it says {}", place.key, index.identity.object)));
-    }
-    Ok(index)
+    let mut index = None;
+    let mut verify = |tail: &[u8]| {
+        let read = PackIndex::decode_tail(tail, place.bytes).map_err(wrong)?;
+        let told = (read.identity.incarnation, read.identity.object, read.identity.content);
+        if told != (place.incarnation, place.object, place.content) {
+            return Err(corrupt(format!("{}: is another object, it says {}", place.key, read.identity.object)));
+        }
+        index = Some(read);
+        Ok(())
+    };
+    backend.read_checked(&place.key, place.bytes - tail_bytes, &mut tail, &mut verify)?;
+    index.ok_or_else(|| corrupt(format!("{}: was not read", place.key)))
 }
 
 /// Reads one page of a slot table.
@@ -511,11 +548,13 @@ pub fn read_index(backend: &dyn Backend, place: &ObjectPlace) -> Result<PackInde
 pub fn read_slot_page(backend: &dyn Backend, place: &ObjectPlace, member: &Member, page: u32) -> Result<SlotPage> {
     let (offset, bytes) = member.page_range(page);
     let mut table = vec![0; bytes];
-    backend.read(&place.key, offset, &mut table)?;
-    let checksum = page_checksum(place.incarnation, member.number, page, &table);
-    if member.page_checksums.get(page as usize) != Some(&checksum) {
-        return Err(corrupt(format!("{}: slot table page {page}: checksum does not match", place.key)));
-    }
+    backend.read_checked(&place.key, offset, &mut table, &mut |table| {
+        let checksum = page_checksum(place.incarnation, member.number, page, table);
+        if member.page_checksums.get(page as usize) == Some(&checksum) {
+            return Ok(());
+        }
+        Err(corrupt(format!("{}: slot table page {page}: checksum does not match", place.key)))
+    })?;
     Ok(SlotPage { pack: member.number, slots: member.slots_of_page(page), fingerprints: fingerprints(&table) })
 }
 

@@ -10,7 +10,7 @@ use crate::clock::{Clock, Timestamp};
 use crate::error::{Error, ErrorKind, Result, busy, corrupt, not_found, unsupported};
 use crate::fingerprint::short;
 use crate::format::{ObjectKind, VERSION, envelop, open_envelope};
-use crate::limits::{BLOCK_BYTES, SEGMENT_BYTES};
+use crate::limits::{BLOCK_BYTES, SEGMENT_BYTES, TARGETS_MAX};
 use crate::wire::{decode, encode, wire_struct};
 
 /// Name of the file that makes a folder a store.
@@ -55,6 +55,33 @@ wire_struct! {
 }
 
 wire_struct! {
+    /// One of several places of objects.
+    pub struct TargetRow {
+        /// Its identity, which its `target.toml` says too.
+        pub id: [u8; 16],
+        /// Where it is: an absolute path.
+        pub path: String,
+        /// A number of the file system that it was made on; 0 when it has none.
+        pub medium: u64,
+        /// Whether it is being given up: nothing new is put there.
+        pub leaving: bool,
+    }
+}
+
+wire_struct! {
+    /// How many targets hold an object.
+    #[derive(Copy, Default)]
+    pub struct Replicas {
+        /// Of a VM's objects.
+        pub vm: u16,
+        /// Of common packs.
+        pub common: u16,
+        /// How many must have an object before it counts; 0 for more than half.
+        pub quorum: u16,
+    }
+}
+
+wire_struct! {
     /// A numbered record of the configuration. The highest number wins.
     pub struct ConfigRecord {
         /// The store's identity.
@@ -63,6 +90,12 @@ wire_struct! {
         pub time: Timestamp,
         /// What was set last.
         pub settings: Settings,
+        /// The targets; none when the store's own folder holds all.
+        pub targets: Vec<TargetRow>,
+        /// How many of them hold an object.
+        pub replicas: Replicas,
+        /// Whether objects may lie where an earlier record had them.
+        pub moving: bool,
     }
 }
 
@@ -119,11 +152,12 @@ impl StoreConfig {
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-fn record_key(number: u32) -> Key {
+/// The key of a record.
+pub fn record_key(number: u32) -> Key {
     Key::new(format!("config/{number:010}"))
 }
 
@@ -164,6 +198,37 @@ pub fn make_folder(root: &Path) -> Result<()> {
 /// # Errors
 /// `Exists`, `NoSpace`, `ReadOnly`, `Unavailable`.
 pub fn write_new(backend: &dyn Backend, clock: &dyn Clock) -> Result<()> {
+    let config = new_config(clock)?;
+    let record = new_record(&config, clock);
+    write_first(backend, &config, &record)
+}
+
+/// The first record of a store: one folder, nothing set.
+pub fn new_record(config: &StoreConfig, clock: &dyn Clock) -> ConfigRecord {
+    ConfigRecord {
+        store: config.store.clone(),
+        time: clock.now(),
+        settings: Settings::default(),
+        targets: Vec::new(),
+        replicas: Replicas::default(),
+        moving: false,
+    }
+}
+
+/// Writes the configuration of a new store at one place of it. The file comes last.
+///
+/// # Errors
+/// As [`write_new`].
+pub fn write_first(backend: &dyn Backend, config: &StoreConfig, record: &ConfigRecord) -> Result<()> {
+    backend.put_new(&record_key(1), &envelop(ObjectKind::Config, &encode(record)))?;
+    backend.put_new(&Key::new(FILE_NAME), config.to_text()?.as_bytes())
+}
+
+/// The configuration of a store to be, with a new identity.
+///
+/// # Errors
+/// `Unavailable`.
+pub fn new_config(clock: &dyn Clock) -> Result<StoreConfig> {
     let mut id = [0; 16];
     fill_random(&mut id)?;
     let mut config = StoreConfig {
@@ -176,9 +241,7 @@ pub fn write_new(backend: &dyn Backend, clock: &dyn Clock) -> Result<()> {
         checksum: String::new(),
     };
     config.checksum = config.checksum_of();
-    let record = ConfigRecord { store: config.store.clone(), time: clock.now(), settings: Settings::default() };
-    backend.put_new(&record_key(1), &envelop(ObjectKind::Config, &encode(&record)))?;
-    backend.put_new(&Key::new(FILE_NAME), config.to_text()?.as_bytes())
+    Ok(config)
 }
 
 /// Reads and checks the configuration.
@@ -186,14 +249,24 @@ pub fn write_new(backend: &dyn Backend, clock: &dyn Clock) -> Result<()> {
 /// # Errors
 /// `NotFound`, `Corrupt`, `Unsupported`; all name `snapfs.toml` (or the record).
 pub fn read(backend: &dyn Backend) -> Result<StoreConfig> {
+    let config = read_file(backend)?;
+    newest_record(backend, &config)?;
+    Ok(config)
+}
+
+/// Reads and checks `snapfs.toml` alone.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_file(backend: &dyn Backend) -> Result<StoreConfig> {
     let about = |e: Error| e.within(FILE_NAME);
-    let bytes = backend.read_all(&Key::new(FILE_NAME), FILE_BYTES_MAX).map_err(|e| match e.kind() {
+    let key = Key::new(FILE_NAME);
+    let mut verify = |bytes: &[u8]| StoreConfig::parse(bytes).map(drop);
+    let bytes = backend.read_all_checked(&key, FILE_BYTES_MAX, &mut verify).map_err(|e| match e.kind() {
         ErrorKind::NotFound => not_found(format!("no snapfs store: {FILE_NAME} is missing")),
         _ => about(e),
     })?;
-    let config = StoreConfig::parse(&bytes).map_err(about)?;
-    newest_record(backend, &config)?;
-    Ok(config)
+    StoreConfig::parse(&bytes).map_err(about)
 }
 
 /// The record that counts, and its number. Cost: a listing and a read.
@@ -202,19 +275,57 @@ pub fn read(backend: &dyn Backend) -> Result<StoreConfig> {
 /// `Corrupt`, naming the record, also when it belongs to another store than `snapfs.toml`: then one of the two comes
 /// from elsewhere. `Unsupported`, `Unavailable`.
 pub fn newest_record(backend: &dyn Backend, config: &StoreConfig) -> Result<(u32, ConfigRecord)> {
-    let rows = backend.list(&Key::new("config"))?;
-    let Some(newest) = rows.iter().filter_map(|r| record_number(&r.name)).max() else {
+    let Some(newest) = record_numbers(backend)?.pop() else {
         return Err(corrupt(format!("{FILE_NAME}: config/ has no record")));
     };
-    let key = record_key(newest);
-    let bytes = backend.read_all(&key, RECORD_BYTES_MAX)?;
-    let body = open_envelope(ObjectKind::Config, &bytes).map_err(|e| e.within(&key))?;
-    let record: ConfigRecord = decode(body).map_err(|e| e.within(&key))?;
-    if record.store == config.store {
-        Ok((newest, record))
-    } else {
-        Err(corrupt(format!("{FILE_NAME}: belongs to another store than {key}")))
+    Ok((newest, read_record(backend, config, newest)?))
+}
+
+/// The numbers of all records, ascending. Cost: one listing.
+///
+/// # Errors
+/// As [`Backend::list`].
+pub fn record_numbers(backend: &dyn Backend) -> Result<Vec<u32>> {
+    let rows = backend.list(&Key::new("config"))?;
+    let mut numbers: Vec<u32> = rows.iter().filter_map(|r| record_number(&r.name)).collect();
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+/// Reads one record. Cost: one read.
+///
+/// # Errors
+/// As [`newest_record`]; `NotFound`.
+pub fn read_record(backend: &dyn Backend, config: &StoreConfig, number: u32) -> Result<ConfigRecord> {
+    let key = record_key(number);
+    let mut record = None;
+    let mut verify = |bytes: &[u8]| {
+        record = Some(open_record(&key, config, bytes)?);
+        Ok(())
+    };
+    backend.read_all_checked(&key, RECORD_BYTES_MAX, &mut verify)?;
+    record.ok_or_else(|| corrupt(format!("{key}: was not read")))
+}
+
+/// Decodes a record.
+///
+/// # Errors
+/// `Corrupt`, `Unsupported`.
+pub fn open_record(key: &Key, config: &StoreConfig, bytes: &[u8]) -> Result<ConfigRecord> {
+    let body = open_envelope(ObjectKind::Config, bytes).map_err(|e| e.within(key))?;
+    let record: ConfigRecord = decode(body).map_err(|e| e.within(key))?;
+    if record.store != config.store {
+        return Err(corrupt(format!("{FILE_NAME}: belongs to another store than {key}")));
     }
+    let mut ids: Vec<&[u8; 16]> = record.targets.iter().map(|row| &row.id).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    let replicas = record.replicas;
+    let bounded = record.targets.len() <= TARGETS_MAX && ids.len() == record.targets.len();
+    if !bounded || (!record.targets.is_empty() && (replicas.vm == 0 || replicas.common == 0)) {
+        return Err(corrupt(format!("{key}: {} targets, replicas {replicas:?}", record.targets.len())));
+    }
+    Ok(record)
 }
 
 /// Puts a record that differs from the newest one by what `change` does; nothing when that is nothing. `change` is

@@ -9,6 +9,7 @@
 pub mod common;
 pub mod config;
 pub mod session;
+pub mod targets;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -31,6 +32,7 @@ use crate::pack::reader::{Caches, Packs};
 use crate::popular::current::CurrentIndex;
 use crate::store::common::Homes;
 use crate::store::config::{Settings, StoreConfig};
+use crate::store::targets::NewTargets;
 
 /// How the memory cap is shared out. What is left is for the program, its stacks and the allocator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,6 +106,34 @@ impl Store {
         Ok(())
     }
 
+    /// Makes a store over several targets: folders that are empty or not there yet. `root` has only the configuration.
+    ///
+    /// # Errors
+    /// `Invalid` for numbers that do not fit; as [`Store::init`].
+    pub fn init_with(root: &Path, new: &NewTargets, clock: &dyn Clock) -> Result<()> {
+        let replicas = new.replicas()?;
+        if new.paths.is_empty() {
+            return Self::init(root, clock);
+        }
+        let overlap = |path: &PathBuf| path.starts_with(root) || root.starts_with(path);
+        if let Some(path) = new.paths.iter().find(|path| overlap(path)) {
+            let what = format!("target {} and store {}: one is in the other", path.display(), root.display());
+            return Err(invalid(what));
+        }
+        config::make_folder(root)?;
+        let config = config::new_config(clock)?;
+        let mut record = config::new_record(&config, clock);
+        record.targets = targets::make_targets(&config.store, &new.paths)?;
+        record.replicas = replicas;
+        for path in &new.paths {
+            let target = Local::open(path)?;
+            config::write_first(&target, &config, &record)?;
+            target.keep_reserve();
+        }
+        // Last: its presence makes the store.
+        config::write_first(&Local::open(root)?, &config, &record)
+    }
+
     /// Opens the store in a folder.
     ///
     /// # Errors
@@ -114,8 +144,20 @@ impl Store {
         if !root.is_dir() {
             return Err(not_found(format!("store {}: there is no such folder", root.display())));
         }
-        let backend: Arc<dyn Backend> = Arc::new(Local::open(root).map_err(about)?);
-        Self::with_backend(backend, Some(root.join("derived")), clock, shares).map_err(about)
+        let home: Arc<dyn Backend> = Arc::new(Local::open(root).map_err(about)?);
+        let derived = Some(root.join("derived"));
+        let config = config::read_file(&*home).map_err(about)?;
+        // Damage of the one record that is here may be made up for by the targets.
+        let has_targets = match config::newest_record(&*home, &config) {
+            Ok((_, record)) => !record.targets.is_empty(),
+            Err(e) => targets::are_told(&*home, &config).then_some(true).ok_or(e).map_err(about)?,
+        };
+        if !has_targets {
+            return Self::with_config(home, config, derived, clock, shares).map_err(about);
+        }
+        let root = std::path::absolute(root).map_err(|e| about(Error::io("its path", e)))?;
+        let backend = targets::open_replicated(&root, home, &config, &clock).map_err(about)?;
+        Self::with_config(Arc::new(backend), config, derived, clock, shares).map_err(about)
     }
 
     /// Opens the store that a backend holds; `derived` is where rebuildable data may lie.
@@ -129,6 +171,16 @@ impl Store {
         shares: MemoryShares,
     ) -> Result<Self> {
         let config = config::read(&*backend)?;
+        Self::with_config(backend, config, derived, clock, shares)
+    }
+
+    fn with_config(
+        backend: Arc<dyn Backend>,
+        config: StoreConfig,
+        derived: Option<PathBuf>,
+        clock: Arc<dyn Clock>,
+        shares: MemoryShares,
+    ) -> Result<Self> {
         let caches = Arc::new(Caches::new(shares.cache_bytes));
         let common = Arc::new(Vm::new(COMMON_HOME, backend.clone(), clock.clone()));
         let popular = Arc::default();

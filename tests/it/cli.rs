@@ -7,6 +7,8 @@ use std::path::Path;
 
 use rustix::fs::{FlockOperation, flock};
 
+use snapfs::clock::{Clock, SystemClock};
+
 use crate::whole::{Disk, Loop, MIB, Place, eventually, image, need_loop, need_tools, same, signal};
 use crate::world::noise;
 
@@ -353,6 +355,27 @@ fn what_is_forgotten_is_freed_and_the_rest_stays_whole() {
     // What was forgotten may come back.
     place.snapfs("backup store web01/0.img 0.img").ok();
     same(&place.snapfs("restore store web01/0.img -").ok().out, &place.read("0.img"), "what came back");
+    place.snapfs("check store --read-data").ok();
+}
+
+#[test]
+fn collection_keeps_to_its_rate() {
+    let place = Place::new();
+    for number in 0..10 {
+        place.write(&format!("{number}.img"), &image(50 + number, 2));
+        place.snapfs(&format!("backup store web01/{number}.img {number}.img")).ok();
+    }
+    place.snapfs("forget store web01/9.img").ok();
+    place.snapfs("gc store --limit-rate lots").fails(2, "lots");
+    place.snapfs("gc store --limit-rate 63K").fails(2, "64K");
+    let bytes: u64 = place.objects("web01", "packs").iter().map(|pack| pack.metadata().unwrap().len()).sum();
+    let clock = SystemClock::new();
+    let report = place.snapfs("gc store --limit-rate 4M --json").ok().json();
+    assert!(report["vms"][0]["packs_compacted"].as_u64().unwrap() >= 9, "{report}");
+    // What stays is read and written, but for a burst of a quarter of a second.
+    let least = (bytes as f64 * 8.0 / 10.0 * 2.0) / f64::from(4 << 20) - 0.3;
+    let took = clock.elapsed().as_secs_f64();
+    assert!(least > 1.0 && took >= least, "{took} s, at least {least}");
     place.snapfs("check store --read-data").ok();
 }
 

@@ -43,7 +43,7 @@ impl Scene {
 
     fn make(&self, store: &Store, clone: &str) {
         let reference = SnapshotName::parse_reference("vm/a.img").unwrap();
-        make(store, &self.folder(store), &reference, Some(clone), "host1").unwrap();
+        make(store, &self.folder(store), &reference, Some(clone), "host1", |_, _| Ok(())).unwrap();
     }
 
     fn open(&self, store: &Store, clone: &str) -> (OpenClone, Image) {
@@ -260,7 +260,7 @@ fn i6_a_clone_and_its_hold_come_and_go_together() {
                         return remove(&store, &folder, "one");
                     }
                     let reference = SnapshotName::parse_reference("vm/a.img")?;
-                    make(&store, &folder, &reference, Some("one"), "host1").map(drop)
+                    make(&store, &folder, &reference, Some("one"), "host1", |_, _| Ok(())).map(drop)
                 });
                 let what = format!("{fault:?} at {at}, removes {removes}: {outcome:?}");
                 let store = scene.world.store();

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::whole::{
-    Cleared, Disk, Loop, MIB, Mount, Place, eventually, image, is_root, need_loop, need_mount, need_tools, same,
+    Cleared, Disk, Freed, Loop, MIB, Mount, Place, eventually, image, is_root, need_loop, need_mount, need_tools, same,
 };
 use crate::world::{Rng, noise};
 
@@ -199,6 +199,36 @@ fn owner_and_mode_are_kept_for_who_runs_the_guest() {
     let of = path.metadata().unwrap();
     assert_eq!((of.uid(), of.gid(), of.mode() & 0o7777), (1234, 5678, 0o640));
     mount.umount();
+}
+
+#[test]
+fn a_service_without_privileges_gives_clones_away() {
+    const NAME: &str = "clones::a_service_without_privileges_gives_clones_away";
+    need_mount!(NAME);
+    need_tools!(NAME, "setpriv");
+    if !is_root() {
+        return crate::whole::skip(NAME, "needs root");
+    }
+    let unit = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("mount-helpers/snapfs@.service");
+    let unit = std::fs::read_to_string(unit).unwrap();
+    let names = unit.lines().find_map(|line| line.strip_prefix("CapabilityBoundingSet=")).unwrap();
+    let names: String =
+        names.split(' ').map(|name| format!(",+{}", name.strip_prefix("CAP_").unwrap().to_lowercase())).collect();
+    let scene = Scene::new();
+    let place = &scene.place;
+    let program = crate::whole::SNAPFS;
+    let _cleared = scene.unmounted();
+    std::fs::create_dir(place.path("mnt")).unwrap();
+    let mount = format!("{program} mount store mnt -o clones={}", place.path("clones").display());
+    place.shell(&format!("setpriv --bounding-set=-all{names} --no-new-privs {mount}")).ok();
+    let path = scene.make("one");
+    std::os::unix::fs::chown(&path, Some(1234), Some(5678)).unwrap();
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o640)).unwrap();
+    scene.open("one").write_all_at(b"written", 0).unwrap();
+    let of = path.metadata().unwrap();
+    assert_eq!((of.uid(), of.gid(), of.mode() & 0o7777), (1234, 5678, 0o640));
+    place.snapfs("unclone store one").ok();
+    place.snapfs("umount mnt").ok();
 }
 
 #[test]
@@ -462,6 +492,44 @@ fn i9_what_was_flushed_through_a_loop_device_survives_kill_9() {
     let mount = scene.mount("");
     check_records(&scene, &scene.read("one"), synced, 900);
     mount.umount();
+}
+
+#[test]
+fn i9_what_a_guest_of_an_attached_clone_flushed_survives_kill_9() {
+    const NAME: &str = "clones::i9_what_a_guest_of_an_attached_clone_flushed_survives_kill_9";
+    need_mount!(NAME);
+    need_loop!(NAME);
+    for (turn, options) in ["ro", "", "ro"].into_iter().enumerate() {
+        let scene = Scene::of(noise(5, 5 * MIB));
+        let _cleared = scene.unmounted();
+        let mount = scene.mount(options);
+        let _freed = Freed(&scene.place);
+        let snapshot = scene.place.path("mnt/web01/a.img");
+        let attach =
+            || scene.place.run(&["attach", snapshot.to_str().unwrap(), "--write", "--owner", "guest"]).ok().text();
+        let synced = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            let file = File::options().write(true).read(true).open(attach().trim_end()).unwrap();
+            let counter = &synced;
+            scope.spawn(move || write_records(&file, 900, counter));
+            eventually("some records are flushed", || synced.load(Ordering::SeqCst) >= 30 + 100 * turn);
+            mount.kill();
+        });
+        let synced = synced.load(Ordering::SeqCst);
+        let mount = scene.mount(options);
+        scene.place.snapfs("reap").ok();
+        let device = PathBuf::from(attach().trim_end());
+        check_records(&scene, &std::fs::read(&device).unwrap(), synced, 900);
+        // And it goes on.
+        let file = File::options().write(true).read(true).open(&device).unwrap();
+        let again = AtomicUsize::new(0);
+        write_records(&file, 900, &again);
+        drop(file);
+        check_records(&scene, &std::fs::read(&device).unwrap(), 900, 900);
+        scene.place.snapfs("detach --owner guest").ok();
+        mount.umount();
+        scene.snapshot_is_unchanged();
+    }
 }
 
 #[test]

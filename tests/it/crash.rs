@@ -1,10 +1,12 @@
 //! Tier 3: a fault at every backend call of every operation that changes a store.
 //!
+//! Then power is lost at every call to the medium of a local folder that runs the same operation: see `power.rs`.
+//!
 //! Each operation runs on a fork of a prepared store, once for each of its calls and each kind of fault. Then, as on
 //! another machine after a crash: what was acknowledged is there, what was there before is intact byte for byte, the
 //! invariants hold, the same operation works, and an exact collection leaves no object that the log does not need.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +27,7 @@ use snapfs::store::Store;
 use snapfs::store::config::{Settings, write_new};
 
 use crate::invariants::{Shown, assert_invariants, assert_no_leaks, assert_one_of, collect_all, keys, open, shown};
+use crate::power::{Recording, lose_power};
 use crate::world::{name, noise, put};
 
 const FAULTS: [Fault; 4] = [Fault::CutBefore, Fault::CutAfter, Fault::Blip, Fault::NoSpace];
@@ -33,22 +36,32 @@ const SEGMENT: usize = 2 << 20;
 const CAPACITY: u64 = 1 << 40;
 
 /// A store that an operation will change, and what it must show.
-struct Scene {
-    base: Memory,
-    clock: Arc<ManualClock>,
+pub struct Scene {
+    pub base: Memory,
+    pub clock: Arc<ManualClock>,
     /// Before the operation, and after each of its steps.
-    states: Vec<Shown>,
+    pub states: Vec<Shown>,
     /// Steps that may have happened although none was acknowledged since the last.
-    reach: usize,
+    pub reach: usize,
+    /// Whether ages do not matter: a local folder goes by the machine's clock.
+    is_timeless: bool,
 }
 
 /// Counts what was acknowledged.
 #[derive(Default)]
-struct Steps(Cell<usize>);
+pub struct Steps {
+    pub count: Cell<usize>,
+    /// After how many calls each was, where they are recorded.
+    pub told: RefCell<Vec<usize>>,
+    pub recording: Option<Arc<Recording>>,
+}
 
 impl Steps {
     fn done(&self) {
-        self.0.set(self.0.get() + 1);
+        self.count.set(self.count.get() + 1);
+        if let Some(recording) = &self.recording {
+            self.told.borrow_mut().push(recording.calls());
+        }
     }
 }
 
@@ -59,10 +72,22 @@ impl Scene {
         let base = Memory::with_capacity_limit(CAPACITY).with_reserve_bytes(0);
         let clock = Arc::new(ManualClock::at(Timestamp(1_700_000_000_000_000_000)));
         write_new(&base, &*clock).unwrap();
-        let mut scene = Self { base, clock, states: Vec::new(), reach: 1 };
+        let mut scene = Self { base, clock, states: Vec::new(), reach: 1, is_timeless: true };
         put(&scene.store(), "bystander/a.img", &image(900, &[(0, 9)])).unwrap();
         scene.states.push(scene.with(&[]));
         scene
+    }
+
+    /// A store that a changed image comes to, which is returned.
+    pub fn of_a_backup() -> (Self, Vec<u8>) {
+        let mut scene = Self::new();
+        let (a, b) = (first(), second());
+        put(&scene.store(), "vm/a.img", &a).unwrap();
+        scene.states = vec![
+            scene.with(&[("vm/", &[]), ("vm/a.img", &a)]),
+            scene.with(&[("vm/", &[]), ("vm/a.img", &a), ("vm/b.img", &b)]),
+        ];
+        (scene, b)
     }
 
     fn store(&self) -> Store {
@@ -96,7 +121,7 @@ impl Scene {
                     assert_eq!(e.kind(), kind, "{what}: {e}");
                 }
                 // What may be there now.
-                let first = if outcome.is_ok() { last } else { steps.0.get() };
+                let first = if outcome.is_ok() { last } else { steps.count.get() };
                 let end = if outcome.is_ok() { last } else { last.min(first + self.reach) };
                 let mut may_be = &self.states[first..=end];
                 if fault == Fault::Blip && outcome.is_err() && store.is_ok() {
@@ -123,6 +148,9 @@ impl Scene {
                     break;
                 }
             }
+        }
+        if self.is_timeless {
+            lose_power(self, &work);
         }
     }
 }
@@ -176,7 +204,7 @@ fn unless(kind: ErrorKind, outcome: Result<()>) -> Result<()> {
 }
 
 /// A backup; one that is there already is as good.
-fn backed_up(store: &Store, snapshot: &str, bytes: &[u8]) -> Result<()> {
+pub fn backed_up(store: &Store, snapshot: &str, bytes: &[u8]) -> Result<()> {
     unless(ErrorKind::Exists, put(store, snapshot, bytes).map(drop))
 }
 
@@ -193,13 +221,7 @@ fn the_backup_of_a_first_image() {
 
 #[test]
 fn the_backup_of_a_changed_image() {
-    let mut scene = Scene::new();
-    let (a, b) = (first(), second());
-    put(&scene.store(), "vm/a.img", &a).unwrap();
-    scene.states = vec![
-        scene.with(&[("vm/", &[]), ("vm/a.img", &a)]),
-        scene.with(&[("vm/", &[]), ("vm/a.img", &a), ("vm/b.img", &b)]),
-    ];
+    let (scene, b) = Scene::of_a_backup();
     scene.enumerate(|store, _| backed_up(store, "vm/b.img", &b));
 }
 
@@ -369,6 +391,7 @@ fn forgetting() {
 #[test]
 fn forgetting_by_rules_with_a_least_age() {
     let mut scene = Scene::new();
+    scene.is_timeless = false;
     let week = |s: &mut Settings| {
         s.min_age_seconds = 7 * 86400;
         Ok(())

@@ -28,7 +28,7 @@ use crate::invariants::{Shown, assert_invariants, open, read_image, read_store};
 use crate::world::{name, noise, put};
 
 const VMS: [&str; 2] = ["web01", "db02"];
-const CHECK: CheckOptions = CheckOptions { read_data: true, sample_percent: None };
+const CHECK: CheckOptions = CheckOptions { read_data: true, sample_percent: None, repair: false };
 
 /// A store with two VMs of the same shape, whose objects have the same sizes.
 struct Scene {

@@ -233,3 +233,76 @@ fn settings_that_are_changed_at_the_same_time_are_all_kept_in_order() {
     assert_eq!(keys(&world.memory, "config/").len(), 41);
     assert_eq!(world.store().settings().unwrap().min_age_seconds, 40);
 }
+
+fn bytes_of(world: &World, prefix: &str) -> usize {
+    world.memory.objects().iter().filter(|(key, _)| key.starts_with(prefix)).map(|(_, bytes)| bytes.len()).sum()
+}
+
+#[test]
+fn nothing_is_removed_through_a_mount_with_nodelete() {
+    let world = World::new();
+    let store = world.store();
+    put(&store, "web01/a.img", b"x").unwrap();
+    put(&store, "web01/xvda/a.img", b"x").unwrap();
+    let options = Options { no_delete: true, ..Options::default() };
+    let fs = MountedStore::new(Arc::new(world.store()), options);
+    let caller = Caller { uid: 0, gid: 0 };
+    let parent = fs.lookup(ROOT, "web01").unwrap().ino;
+    for name in ["d.part", "e.part"] {
+        let (_, opened) = fs.create(parent, name, caller).unwrap();
+        fs.write(opened.handle, 0, b"draft").unwrap();
+        fs.flush(opened.handle).unwrap();
+        fs.release(opened.handle);
+    }
+    fs.make_folder(ROOT, "web02", 0, caller).unwrap();
+    for name in ["a.img", "d.part", "latest"] {
+        denied(fs.unlink(parent, name), "nodelete");
+    }
+    denied(fs.remove_folder(ROOT, "web02"), "nodelete");
+    denied(fs.remove_folder(parent, "xvda"), "nodelete");
+    denied(fs.rename(parent, "d.part", parent, "e.part", false), "nodelete");
+    // To add and to name is what such a mount is for.
+    fs.rename(parent, "d.part", parent, "b.img", false).unwrap();
+    assert_eq!(names(&store), ["web01/a.img", "web01/b.img", "web01/e.part", "web01/xvda/a.img"]);
+    assert!(store.vm_names().unwrap().contains(&vm("web02")));
+}
+
+#[test]
+fn a_mount_collects_what_was_removed_through_it_when_it_is_told_to() {
+    const LATER: Duration = Duration::from_secs(31);
+    let world = World::new();
+    for name in ["web01/a.img", "web01/b.img", "db02/a.img"] {
+        put(&world.store(), name, &crate::world::noise(name.len() as u64, 100_000)).unwrap();
+    }
+    for (is_on, share) in [(false, 1), (true, 2)] {
+        let options = Options { collect: is_on, ..Options::default() };
+        let fs = MountedStore::new(Arc::new(world.store()), options);
+        let parent = fs.lookup(ROOT, "web01").unwrap().ino;
+        let before = bytes_of(&world, "vms/web01/packs");
+        let gone = if is_on { "b.img" } else { "a.img" };
+        let reading = fs.open(fs.lookup(parent, gone).unwrap().ino, false, false).unwrap();
+        fs.unlink(parent, gone).unwrap();
+        // Not at once, and not while it is read.
+        for _ in 0..2 {
+            fs.collect_due();
+            assert_eq!(bytes_of(&world, "vms/web01/packs"), before);
+            world.clock.advance(LATER);
+        }
+        fs.release(reading.handle);
+        // Not while the VM is written through this mount either.
+        let (_, writing) = fs.create(parent, "d.part", Caller { uid: 0, gid: 0 }).unwrap();
+        world.clock.advance(LATER);
+        fs.collect_due();
+        assert_eq!(bytes_of(&world, "vms/web01/packs"), before);
+        fs.release(writing.handle);
+        fs.unlink(parent, "d.part").unwrap();
+        world.clock.advance(LATER);
+        let wait = fs.collect_due();
+        assert!(wait >= Duration::from_millis(100), "{wait:?}");
+        let after = bytes_of(&world, "vms/web01/packs");
+        assert!(after * share <= before && (is_on || after == before), "{is_on}: {before} before, {after} after");
+    }
+    // The last of them took what the first had left, too; other VMs were never looked at.
+    assert_eq!(bytes_of(&world, "vms/web01/packs"), 0);
+    assert_eq!(names(&world.store()), ["db02/a.img"]);
+}

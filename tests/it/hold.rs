@@ -115,7 +115,7 @@ fn open_held(store: &Store, id: HoldId) -> Result<Image> {
 }
 
 fn check(store: &Store) -> CheckReport {
-    check_store(store, CheckOptions { read_data: true, sample_percent: None }, &mut |_| {}).unwrap()
+    check_store(store, CheckOptions { read_data: true, sample_percent: None, repair: false }, &mut |_| {}).unwrap()
 }
 
 /// What a check finds lost.

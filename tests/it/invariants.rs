@@ -65,7 +65,7 @@ pub fn read_store(store: &Store) -> Result<Shown> {
 /// Asserts that a check finds nothing that is lost, and that the store shows one of `wanted`; which of them.
 pub fn assert_one_of(memory: &Memory, clock: &Arc<ManualClock>, wanted: &[Shown], what: &str) -> usize {
     let store = open(Arc::new(memory.clone()), clock).unwrap();
-    let options = CheckOptions { read_data: true, sample_percent: None };
+    let options = CheckOptions { read_data: true, sample_percent: None, repair: false };
     let report = check_store(&store, options, &mut |_| {}).unwrap();
     let lost: Vec<_> = report.findings.iter().filter(|f| f.severity == Severity::Must).collect();
     assert!(lost.is_empty(), "{what}: {lost:?}");

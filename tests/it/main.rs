@@ -30,6 +30,7 @@ mod manual;
 mod model;
 mod mount;
 mod mount_helper;
+mod power;
 mod whole;
 mod world;
 mod xen;

@@ -351,6 +351,37 @@ fn umount_returns_when_all_is_committed() {
 }
 
 #[test]
+fn what_the_kernel_has_forgotten_is_found_again_under_its_number() {
+    need_mount!("mount::what_the_kernel_has_forgotten_is_found_again_under_its_number");
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: mount::what_the_kernel_has_forgotten_is_found_again_under_its_number: needs root");
+        return;
+    }
+    let place = Place::new();
+    let mount = place.mount(SOON);
+    std::fs::create_dir(place.path("mnt/web01")).unwrap();
+    let bytes = image(2, 9);
+    place.write("mnt/web01/a.part", &bytes);
+    std::fs::rename(place.path("mnt/web01/a.part"), place.path("mnt/web01/a.img")).unwrap();
+    let mut open = File::open(place.path("mnt/web01/a.img")).unwrap();
+    let names: Vec<String> = (0..200).map(|n| format!("mnt/web01/{n}.part")).collect();
+    for name in &names {
+        place.write(name, b"");
+    }
+    let numbers = || names.iter().map(|name| place.path(name).metadata().unwrap().ino()).collect::<Vec<_>>();
+    let before = numbers();
+    for _ in 0..3 {
+        std::fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
+        assert_eq!(numbers(), before);
+    }
+    let mut read = Vec::new();
+    open.read_to_end(&mut read).unwrap();
+    same(&read, &bytes, "a file that was open all the time");
+    drop(open);
+    mount.umount();
+}
+
+#[test]
 fn two_mounts_of_one_store_see_each_other() {
     need_mount!("mount::two_mounts_of_one_store_see_each_other");
     let place = Place::new();
@@ -588,4 +619,45 @@ fn the_tour_ends_well() {
     let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");
     assert_eq!(std::fs::read_dir(place.path("")).unwrap().count(), 0, "the tour leaves something behind");
+}
+
+#[test]
+fn nothing_can_be_removed_where_the_mount_says_so() {
+    need_mount!("mount::nothing_can_be_removed_where_the_mount_says_so");
+    let place = Place::new();
+    let mount = place.mount(&format!("nodelete,{SOON}"));
+    place.shell("mkdir mnt/web01 && echo a > mnt/web01/a.img && echo b > mnt/web01/b.part").ok();
+    wait_for_seal(&place, "mnt/web01/a.img");
+    for line in ["rm -f mnt/web01/a.img", "rm -f mnt/web01/b.part", "rmdir mnt/web01", "rm -rf mnt/web01"] {
+        place.shell(line).fails(1, "Operation not permitted");
+    }
+    place.shell("mv mnt/web01/b.part mnt/web01/b.img").ok();
+    let status: serde_json::Value = serde_json::from_slice(&place.read("mnt/.snapfs/status")).unwrap();
+    assert_eq!((&status["nodelete"], &status["gc"]), (&true.into(), &false.into()));
+    mount.umount();
+    assert_eq!(place.snapfs("list store --json").ok().json().as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn what_is_removed_is_collected_by_the_mount_when_it_is_told_to() {
+    need_mount!("mount::what_is_removed_is_collected_by_the_mount_when_it_is_told_to");
+    let place = Place::new();
+    let bytes = [image(70, 8), image(71, 8)];
+    place.write("a.img", &bytes[0]);
+    place.write("b.img", &bytes[1]);
+    place.snapfs("backup store web01/a.img a.img").ok();
+    place.snapfs("backup store web01/b.img b.img").ok();
+    let stored = || place.objects("web01", "packs").iter().map(|pack| pack.metadata().unwrap().len()).sum::<u64>();
+    let before = stored();
+    let mount = place.mount(&format!("gc=on,{NEVER}"));
+    place.shell("rm mnt/web01/a.img").ok();
+    eventually("the mount collects", || stored() < before * 6 / 10);
+    same(&place.read("mnt/web01/b.img"), &bytes[1], "what stays");
+    // A writer comes in at any moment.
+    place.shell("rm mnt/web01/b.img && cp a.img mnt/web01/c.img").ok();
+    same(&place.read("mnt/web01/c.img"), &bytes[0], "what was written meanwhile");
+    // It does not hold the end up.
+    place.shell("rm mnt/web01/c.img").ok();
+    mount.umount();
+    place.snapfs("check store --read-data").ok();
 }

@@ -118,6 +118,9 @@ macro_rules! need_host {
     };
 }
 
+const UNITS: [&str; 5] =
+    ["snapfs@.service", "snapfs-check@.service", "snapfs-check@.timer", "snapfs-prune@.service", "snapfs-prune@.timer"];
+
 /// The helper itself, as mount(8) would call it.
 fn helper(place: &Place, name: &str, words: &[&str]) -> Done {
     let mut command = place.command(source("mount-helpers").join(name));
@@ -142,7 +145,7 @@ fn an_installation_has_everything_in_its_place() {
         assert_eq!(root("sbin").join(name).metadata().unwrap().mode() & 0o777, 0o755, "{name}");
     }
     assert_eq!(root("usr/local/bin/snapfs").metadata().unwrap().mode() & 0o777, 0o755);
-    for name in ["snapfs@.service", "snapfs-check@.service", "snapfs-check@.timer"] {
+    for name in UNITS {
         assert!(root("usr/local/lib/systemd/system").join(name).is_file(), "{name}");
     }
     assert!(root("usr/local/share/man/man1/snapfs.1").is_file());
@@ -667,12 +670,43 @@ fn units_are_what_systemd_expects() {
         // Where the program is found must be a program, whatever its name is here.
         place.write(&name.replace("@.", "@web01."), text.replace("=snapfs ", "=/bin/true ").as_bytes());
     }
-    assert_eq!(seen, 3);
-    for unit in ["snapfs@web01.service", "snapfs-check@web01.service", "snapfs-check@web01.timer"] {
+    assert_eq!(seen, UNITS.len());
+    for unit in UNITS.map(|name| name.replace("@.", "@web01.")) {
         let done = place.shell(&format!("SYSTEMD_LOG_LEVEL=warning systemd-analyze verify --man=no ./{unit}"));
         let about: Vec<&str> = done.err.lines().filter(|line| line.contains("snapfs")).collect();
         assert!(about.is_empty(), "{unit}: {about:?}");
     }
+}
+
+/// The commands of the unit, run as systemd would run them: words of a variable without braces are split.
+#[test]
+fn the_nightly_unit_forgets_by_the_rules_of_the_configuration_and_collects() {
+    let unit = std::fs::read_to_string(source("mount-helpers/snapfs-prune@.service")).unwrap();
+    let commands: Vec<&str> = unit.lines().filter_map(|line| line.strip_prefix("ExecStart=")).collect();
+    assert_eq!(commands, ["snapfs forget $SNAPFS_KEEP", "snapfs gc $SNAPFS_GC"]);
+    let example = std::fs::read_to_string(source("mount-helpers/store.conf.example")).unwrap();
+    let value = |name: &str| {
+        let line = example.lines().find_map(|line| line.strip_prefix(&format!("#{name}="))).unwrap();
+        line.to_owned()
+    };
+    let place = Place::new();
+    for (name, seed) in [("a.img", 1), ("b.img", 2), ("c.img", 3), ("d.img", 4), ("e.img", 5)] {
+        place.write(name, &crate::whole::image(seed, 2));
+        place.snapfs(&format!("backup store web01/{name} {name}")).ok();
+    }
+    let run = |keep: &str, gc: &str| {
+        let line = commands.join(" && ").replace("snapfs ", &format!("{SNAPFS} "));
+        place.shell(&format!("export SNAPFS_STORE=store SNAPFS_KEEP='{keep}' SNAPFS_GC='{gc}'; {line}"))
+    };
+    let count = || place.snapfs("list store --json").ok().json().as_array().unwrap().len();
+    run("", "").fails(2, "NAME");
+    assert_eq!(count(), 5);
+    let packs = place.objects("web01", "packs").len();
+    let done = run(&value("SNAPFS_KEEP"), &value("SNAPFS_GC")).ok();
+    // All are of this moment: the newest three, the newest of which is the newest of its day, week and month, too.
+    assert_eq!(count(), 3, "{}", done.text());
+    assert!(place.objects("web01", "packs").len() < packs, "{}", done.text());
+    place.snapfs("check store --read-data").ok();
 }
 
 #[test]

@@ -402,15 +402,28 @@ impl Loop {
     }
 }
 
-/// The loop devices whose backing file lies in a place.
+/// The loop devices whose backing file lies in a place. What the kernel tells of a path may lack where its mount was:
+/// then the filesystem's number tells.
 pub fn loops_of(place: &Place) -> Vec<PathBuf> {
+    use std::os::unix::fs::MetadataExt;
     let root = place.path("").canonicalize().unwrap();
+    let device = |path: &Path| path.metadata().map(|m| m.dev());
+    let mount = device(&place.path("mnt")).ok().filter(|mount| *mount != device(&root).unwrap());
+    let mount = mount.map(|dev| format!("{}:{}", rustix::fs::major(dev), rustix::fs::minor(dev)));
     let rows = std::fs::read_dir("/sys/block").unwrap().map(|row| row.unwrap().file_name());
     let mut found = Vec::new();
     for name in rows {
-        let file = Path::new("/sys/block").join(&name).join("loop/backing_file");
-        if std::fs::read_to_string(file).is_ok_and(|path| Path::new(path.trim_end()).starts_with(&root)) {
-            found.push(Path::new("/dev").join(name));
+        let Ok(path) = std::fs::read_to_string(Path::new("/sys/block").join(&name).join("loop/backing_file")) else {
+            continue;
+        };
+        let device = Path::new("/dev").join(name);
+        let of_mount = || {
+            let list = ["--list", "--noheadings", "--output", "BACK-MAJ:MIN"];
+            let told = Command::new("losetup").env("PATH", search_path()).args(list).arg(&device).output().unwrap();
+            Some(String::from_utf8_lossy(&told.stdout).trim()) == mount.as_deref()
+        };
+        if Path::new(path.trim_end()).starts_with(&root) || of_mount() {
+            found.push(device);
         }
     }
     found.sort();

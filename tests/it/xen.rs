@@ -2,10 +2,14 @@
 //! place of the xenstore, real loop devices. `tests/run` unpacks the package; the whole way with a real Xen is
 //! `tests/xen/run`.
 
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::fs::File;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 
-use crate::whole::{Done, Freed, Place, SNAPFS, eventually, image, loops_of, need_loop, need_mount, same, skip};
+use crate::whole::{
+    Cleared, Done, Freed, Place, SNAPFS, eventually, image, loops_of, need_loop, need_mount, same, skip,
+};
 
 /// The variable that names another folder of scripts.
 const SCRIPTS_VARIABLE: &str = "SNAPFS_XEN_SCRIPTS";
@@ -69,7 +73,8 @@ impl<'a> Host<'a> {
         for (name, body) in XENSTORE {
             host.tool(name, body);
         }
-        place.write("host.toml", format!("mountpoint = {:?}\n", place.path("mnt")).as_bytes());
+        let config = format!("mountpoint = {:?}\nclones = {:?}\n", place.path("mnt"), place.path("clones"));
+        place.write("host.toml", config.as_bytes());
         host
     }
 
@@ -252,6 +257,10 @@ fn what_is_wrong_is_told_in_hotplug_error() {
         ("", "r", "no target"),
         ("--help", "r", "snapshot name"),
         ("web01/a.img; touch x", "r", "no such snapshot"),
+        ("web01/a.img,keep", "r", "web01/a.img: keep is for clones"),
+        ("web01/none.img", "w", "web01/none.img: there is no such snapshot"),
+        ("web01/none.img,keep", "w", "web01/none.img: there is no such snapshot"),
+        (",keep", "w", "no target"),
     ] {
         host.prepare(target, mode);
         host.add_fails(word);
@@ -263,8 +272,19 @@ fn what_is_wrong_is_told_in_hotplug_error() {
     host.put("state", "6");
     host.add_fails("given up");
     host.forget();
+    // Another script does not let go of the lock.
+    host.edit("block-snapfs", "lock_limit=10", "lock_limit=1");
+    let mut other = place.command("flock");
+    other.args([&host.at("xenlock/block"), "sh", "-c", "echo; read x"]);
+    let mut other = other.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    std::io::Read::read_exact(other.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+    host.prepare("web01/a.img", "r");
+    host.add_fails("have held the lock for 1 seconds");
+    host.forget();
+    drop(other.stdin.take());
+    other.wait().unwrap();
     // The program is missing, or it hangs: whatever happens, libxl hears of it before its own patience ends.
-    host.edit("block-snapfs", "limit=20", "limit=1");
+    host.edit("block-snapfs", "\nlimit=30", "\nlimit=1");
     host.edit("block-snapfs", "PATH=$PATH:/usr/local/sbin:/usr/local/bin", "");
     for (body, word) in [("exec sleep 600", "no answer within 1 seconds"), ("echo /dev/nothing", "got no block device")]
     {
@@ -335,5 +355,142 @@ fn reap_frees_what_a_guest_left_and_nothing_else() {
     same(&std::fs::read(&kept).unwrap(), &bytes, "what belongs to another owner");
     assert_eq!(host.shell("snapfs reap --json").ok().json(), serde_json::json!([]));
     place.snapfs("detach --owner mine").ok();
+    mount.umount();
+}
+
+/// The names of all clones.
+fn clones(place: &Place) -> Vec<String> {
+    let rows = place.snapfs("clones store --json").ok().json();
+    rows.as_array().unwrap().iter().map(|row| row["name"].as_str().unwrap().to_owned()).collect()
+}
+
+fn write_to(device: &Path, bytes: &[u8], offset: u64) {
+    let file = File::options().write(true).open(device).unwrap();
+    file.write_all_at(bytes, offset).unwrap();
+    file.sync_all().unwrap();
+}
+
+#[test]
+fn a_guest_writes_to_a_clone_that_goes_with_its_disk() {
+    const NAME: &str = "xen::a_guest_writes_to_a_clone_that_goes_with_its_disk";
+    need_mount!(NAME);
+    need_loop!(NAME);
+    let scripts = need_xen!(NAME);
+    let (place, bytes) = scene();
+    let host = Host::new(&place, &scripts);
+    for options in ["ro", ""] {
+        let mount = place.mount(options);
+        let _freed = Freed(&place);
+        for target in [host.at("mnt/web01/a.img"), "web01/latest".to_owned()] {
+            host.prepare(&target, "w");
+            let device = host.add();
+            same(&std::fs::read(&device).unwrap(), &bytes, &target);
+            assert_eq!(place.shell(&format!("blockdev --getro {}", device.display())).ok().text(), "0\n");
+            write_to(&device, b"the guest's", 12345);
+            // Twice is once, and takes nothing from the guest.
+            host.put("state", "4");
+            assert_eq!(host.add(), device);
+            assert_eq!((loops_of(&place).len(), clones(&place).len()), (1, 1));
+            assert_eq!(&std::fs::read(&device).unwrap()[12345..12356], b"the guest's");
+            same(&place.read("mnt/web01/a.img"), &bytes, "the snapshot");
+            for _ in 0..2 {
+                host.remove();
+                assert!(loops_of(&place).is_empty() && clones(&place).is_empty());
+            }
+            host.forget();
+        }
+        assert_eq!(std::fs::read_dir(place.path("attached")).unwrap().count(), 0);
+        assert_eq!(std::fs::read_dir(place.path("store/vms/web01/holds")).map_or(0, Iterator::count), 0);
+        mount.umount();
+    }
+}
+
+#[test]
+fn a_guest_keeps_its_clone_when_asked_to() {
+    const NAME: &str = "xen::a_guest_keeps_its_clone_when_asked_to";
+    need_mount!(NAME);
+    need_loop!(NAME);
+    let scripts = need_xen!(NAME);
+    let (place, bytes) = scene();
+    let host = Host::new(&place, &scripts);
+    let mount = place.mount("ro");
+    let _freed = Freed(&place);
+    host.prepare("web01/latest,keep", "w");
+    write_to(&host.add(), b"first", 0);
+    host.remove();
+    host.forget();
+    assert!(loops_of(&place).is_empty());
+    assert_eq!(clones(&place), ["web01-a.img"]);
+    // It goes on with the clone, which is nobody's to drop now.
+    for (target, written) in [("mnt/.snapfs/clones/web01-a.img", "again"), ("mnt/.snapfs/clones/web01-a.img", "third")]
+    {
+        host.prepare(&host.at(target), "w");
+        let device = host.add();
+        assert_ne!(&std::fs::read(&device).unwrap()[..5], &bytes[..5]);
+        write_to(&device, written.as_bytes(), 0);
+        host.remove();
+        host.forget();
+        assert_eq!(&place.read(target)[..5], written.as_bytes());
+    }
+    assert_eq!(clones(&place), ["web01-a.img"]);
+    assert_eq!(std::fs::read_dir(place.path("attached")).unwrap().count(), 0);
+    same(&place.read("mnt/web01/a.img"), &bytes, "the snapshot");
+    place.snapfs("unclone store web01-a.img").ok();
+    mount.umount();
+}
+
+#[test]
+fn reap_drops_the_clone_of_a_guest_that_is_gone_and_of_no_other() {
+    const NAME: &str = "xen::reap_drops_the_clone_of_a_guest_that_is_gone_and_of_no_other";
+    need_mount!(NAME);
+    need_loop!(NAME);
+    let scripts = need_xen!(NAME);
+    let (place, bytes) = scene();
+    let _cleared = Cleared(&place, "mnt");
+    let host = Host::new(&place, &scripts);
+    let mount = place.mount("ro");
+    let _freed = Freed(&place);
+    host.prepare("web01/latest", "w");
+    let device = host.add();
+    write_to(&device, b"flushed", 0);
+    // The daemon dies and is there again: the guest is there, and so is what it had flushed, whatever became of the device.
+    mount.kill();
+    let mount = place.mount("ro");
+    for is_freed in [false, true] {
+        if is_freed {
+            place.shell(&format!("losetup --detach {}", device.display())).ok();
+        }
+        assert_eq!(host.shell("snapfs reap").ok().text(), "");
+        assert_eq!(clones(&place), ["web01-a.img"]);
+        assert_eq!(&place.read("mnt/.snapfs/clones/web01-a.img")[..7], b"flushed");
+    }
+    // Called once more for the same disk, the script goes on with it.
+    let device = host.add();
+    assert_eq!(&std::fs::read(&device).unwrap()[..7], b"flushed");
+    // Gone without the script being called.
+    host.forget();
+    let told = host.shell("snapfs reap --dry-run --json").ok().json();
+    assert_eq!((&told[0]["clone"], &told[0]["reason"]), (&"web01-a.img".into(), &"its guest is gone".into()));
+    host.shell("snapfs reap").ok();
+    assert!(loops_of(&place).is_empty() && clones(&place).is_empty());
+    assert_eq!(host.shell("snapfs reap --json").ok().json(), serde_json::json!([]));
+
+    // And when it is not called: the next disk with this path begins anew.
+    host.prepare("web01/latest", "w");
+    write_to(&host.add(), b"another", 0);
+    host.forget();
+    host.prepare("web01/latest", "w");
+    let device = host.add();
+    same(&std::fs::read(&device).unwrap(), &bytes, "the disk of another guest");
+    assert_eq!((loops_of(&place).len(), clones(&place).len()), (1, 1));
+    // What is to be kept is kept by reap, too.
+    host.forget();
+    host.prepare("web01/latest,keep", "w");
+    write_to(&host.add(), b"kept", 0);
+    host.forget();
+    host.shell("snapfs reap").ok();
+    assert!(loops_of(&place).is_empty());
+    assert_eq!(clones(&place).len(), 1);
+    assert_eq!(&place.read("mnt/.snapfs/clones/web01-a.img")[..4], b"kept");
     mount.umount();
 }

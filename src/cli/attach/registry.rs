@@ -1,25 +1,26 @@
-//! What is attached on this host: one file for each owner, in a folder that is gone after a boot, as the devices are.
+//! What is attached on this host: one file for each owner, in a folder that outlives the host's boots, as clones do.
 //!
-//! A record is written before its device is in use and deleted after it is free, so that whatever is cut off in between
-//! can be told from it.
+//! A record is durable before its clone is made and before its device is in use, and is deleted after both are gone, so
+//! that whatever is cut off in between can be told from it.
 
 use std::fmt;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
-use crate::cli::attach::loop_device::{FileIdentity, LoopDevice};
+use crate::cli::attach::loop_device::{Binding, Shows};
+use crate::cli::attach::own_clone::OwnClone;
 use crate::error::{Error, Result, busy, corrupt, invalid};
 
 /// The variable that names another folder.
 pub const FOLDER_VARIABLE: &str = "SNAPFS_ATTACHED";
 
-const FOLDER: &str = "/run/snapfs/attached";
+const FOLDER: &str = "/var/lib/snapfs/attached";
 
 /// Bytes of an owner's name: escaped, it is a file name with an ending.
 const OWNER_BYTES_MAX: usize = 80;
@@ -36,6 +37,9 @@ const LOCK_PAUSE: Duration = Duration::from_millis(50);
 
 const RECORD_ENDING: &str = ".json";
 const LOCK_ENDING: &str = ".lock";
+
+/// What a record has in place of its ending while it is being written.
+const NEW_EXTENSION: &str = "new";
 
 /// For whom something is attached, such as `xen:backend/vbd/7/51728`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -104,12 +108,27 @@ pub struct Attachment {
     pub target: String,
     /// Whether the device can be written to.
     pub writable: bool,
-    /// The device.
-    pub device: LoopDevice,
-    /// The file that the device shows, by its path then.
-    pub path: PathBuf,
-    /// The same, whatever its name.
-    pub file: FileIdentity,
+    /// The clone that was made for it, or was about to be; `None` when the target itself is shown.
+    #[serde(default)]
+    pub clone: Option<OwnClone>,
+    /// The device and its file; `None` until they are chosen.
+    #[serde(default)]
+    pub binding: Option<Binding>,
+}
+
+impl Attachment {
+    /// What its device shows.
+    ///
+    /// # Errors
+    /// As [`Binding::shows`].
+    pub fn shows(&self) -> Result<Shows> {
+        self.binding.as_ref().map_or(Ok(Shows::Other), Binding::shows)
+    }
+
+    /// The path of its device, for people.
+    pub fn device(&self) -> String {
+        self.binding.as_ref().map_or_else(|| "no device".to_owned(), |b| b.device.path().display().to_string())
+    }
 }
 
 /// The folder of records.
@@ -123,8 +142,13 @@ impl Registry {
     /// # Errors
     /// `Denied` for all but root, `Unavailable`.
     pub fn open() -> Result<Self> {
-        let folder = std::env::var_os(FOLDER_VARIABLE).filter(|path| !path.is_empty());
-        Self::at(folder.map_or_else(|| PathBuf::from(FOLDER), PathBuf::from))
+        Self::at(folder())
+    }
+
+    /// The registry of this host, if it has one.
+    pub fn existing() -> Option<Self> {
+        let folder = folder();
+        folder.is_dir().then_some(Self { folder })
     }
 
     fn at(folder: PathBuf) -> Result<Self> {
@@ -151,6 +175,32 @@ impl Registry {
             }
         }
         Err(busy(format!("another process attaches or detaches for {owner}")))
+    }
+
+    /// Deletes the locks and half-written records of processes that were killed.
+    ///
+    /// # Errors
+    /// `Denied`, `Unavailable`.
+    pub fn sweep(&self) -> Result<()> {
+        let failed = |e: std::io::Error| Error::io(self.folder.display().to_string(), e);
+        for row in std::fs::read_dir(&self.folder).map_err(failed)?.take(RECORDS_MAX) {
+            let path = row.map_err(failed)?.path();
+            let is_new = path.extension().is_some_and(|ending| ending == NEW_EXTENSION);
+            let lock = path.with_extension(LOCK_ENDING.trim_start_matches('.'));
+            if !is_new && lock != path {
+                continue;
+            }
+            let Ok(file) = File::options().create(true).truncate(false).write(true).open(&lock) else { continue };
+            let taken = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
+            // While it is held and has this name nobody works there.
+            if taken.is_ok() && is_at(&file, &lock) {
+                if is_new {
+                    let _ = std::fs::remove_file(&path);
+                }
+                let _ = std::fs::remove_file(&lock);
+            }
+        }
+        Ok(())
     }
 
     /// All owners that have something attached.
@@ -183,6 +233,11 @@ impl Registry {
     fn record_path(&self, owner: &Owner) -> PathBuf {
         self.folder.join(owner.file_stem() + RECORD_ENDING)
     }
+}
+
+fn folder() -> PathBuf {
+    let folder = std::env::var_os(FOLDER_VARIABLE).filter(|path| !path.is_empty());
+    folder.map_or_else(|| PathBuf::from(FOLDER), PathBuf::from)
 }
 
 fn is_at(file: &File, path: &Path) -> bool {
@@ -219,7 +274,7 @@ impl Held<'_> {
         self.registry.get(&self.owner)
     }
 
-    /// Writes the record, all of it or nothing.
+    /// Writes the record, all of it or nothing; it is durable when this returns.
     ///
     /// # Errors
     /// `NoSpace`, `Unavailable`.
@@ -227,10 +282,13 @@ impl Held<'_> {
         let path = self.registry.record_path(&self.owner);
         let about = path.display().to_string();
         let text = serde_json::to_vec_pretty(attachment).map_err(|e| corrupt("JSON").because(e))?;
-        let mut file = tempfile::NamedTempFile::new_in(&self.registry.folder).map_err(|e| Error::io(&about, e))?;
-        file.write_all(&text).map_err(|e| Error::io(&about, e))?;
-        file.persist(&path).map_err(|e| Error::io(&about, e.error))?;
-        Ok(())
+        // One name for each owner: what is left by a process that was killed is written over.
+        let new = path.with_extension(NEW_EXTENSION);
+        let written = File::options().create(true).truncate(true).write(true).mode(0o600).open(&new);
+        let written = written.and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()));
+        let written = written.and_then(|()| std::fs::rename(&new, &path));
+        let synced = written.and_then(|()| File::open(&self.registry.folder)?.sync_all());
+        synced.map_err(|e| Error::io(about, e))
     }
 
     /// Deletes the record. Done when there is none.
@@ -258,6 +316,7 @@ impl Drop for Held<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::attach::loop_device::{FileIdentity, LoopDevice};
     use crate::error::ErrorKind;
 
     fn registry(folder: &tempfile::TempDir) -> Registry {
@@ -269,9 +328,13 @@ mod tests {
             owner: owner.clone(),
             target: "web01/latest".to_owned(),
             writable: false,
-            device: LoopDevice::parse(Path::new("/dev/loop4711")).unwrap(),
-            path: PathBuf::from("/mnt/snapfs/web01/a.img"),
-            file: FileIdentity { device: "0:45".to_owned(), inode: 7 },
+            clone: None,
+            binding: Some(Binding {
+                device: LoopDevice::parse(Path::new("/dev/loop4711")).unwrap(),
+                path: PathBuf::from("/mnt/snapfs/web01/a.img"),
+                file: FileIdentity { device: "0:45".to_owned(), inode: 7 },
+                boot: "this".to_owned(),
+            }),
         }
     }
 
@@ -285,7 +348,15 @@ mod tests {
         held.delete().unwrap();
         held.put(&attachment(&owner)).unwrap();
         assert_eq!(registry.get(&owner).unwrap(), Some(attachment(&owner)));
-        let newer = Attachment { writable: true, ..attachment(&owner) };
+        let clone = OwnClone {
+            store: PathBuf::from("/srv/snapfs"),
+            folder: PathBuf::from("/var/lib/snapfs/clones/00"),
+            name: "web01-a.img".to_owned(),
+            id: "00".to_owned(),
+            path: PathBuf::from("/mnt/snapfs/.snapfs/clones/web01-a.img"),
+            keep: true,
+        };
+        let newer = Attachment { writable: true, clone: Some(clone), binding: None, ..attachment(&owner) };
         held.put(&newer).unwrap();
         assert_eq!(held.get().unwrap(), Some(newer));
         assert_eq!(registry.owners().unwrap(), std::slice::from_ref(&owner));
@@ -330,6 +401,31 @@ mod tests {
         registry.lock(&Owner::new("y").unwrap()).unwrap();
         assert_eq!(registry.lock(&owner).map(drop).unwrap_err().kind(), ErrorKind::Busy);
         drop(held);
+    }
+
+    #[test]
+    fn what_a_killed_process_leaves_is_swept() {
+        let folder = tempfile::tempdir().unwrap();
+        let registry = registry(&folder);
+        let owner = Owner::new("x").unwrap();
+        let held = registry.lock(&owner).unwrap();
+        held.put(&attachment(&owner)).unwrap();
+        let others = ["y.lock", "y.new", "z.lock", "u.new", "x.new"];
+        for name in others {
+            std::fs::write(registry.folder.join(name), "").unwrap();
+        }
+        registry.sweep().unwrap();
+        let left = || {
+            let rows = std::fs::read_dir(&registry.folder).unwrap();
+            let mut names: Vec<_> = rows.map(|row| row.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(left(), ["x.json", "x.lock", "x.new"], "what is at work is left alone");
+        drop(held);
+        registry.sweep().unwrap();
+        assert_eq!(left(), ["x.json"]);
+        assert_eq!(registry.get(&owner).unwrap(), Some(attachment(&owner)));
     }
 
     #[test]

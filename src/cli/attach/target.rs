@@ -2,17 +2,23 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use crate::cli::attach::loop_device::FileIdentity;
-use crate::cli::attach::tool::bounded;
+use crate::cli::attach::tool::{bounded, command};
 use crate::cli::host_config::{self, HostConfig};
 use crate::cli::mountinfo::{self, SNAPFS_TYPE};
 use crate::error::{Error, ErrorKind, Result, invalid, not_found};
 use crate::name::{CONTROL_FOLDER, SnapshotName};
 
 /// What a mount may take to tell about a file of it.
-const LIMIT: Duration = Duration::from_secs(8);
+pub const LIMIT: Duration = Duration::from_secs(8);
+
+/// Makes a mountpoint, the first argument, writable and becomes the program that follows. No helper of ours and no line
+/// of fstab has a say in it.
+const MAKE_WRITABLE: &str =
+    r#"mount --internal-only --options-source disable --options remount,bind,rw "$1" && shift && exec "$@""#;
 
 /// In the folder of control files, the folder of clones.
 const CLONES_FOLDER: &str = "clones";
@@ -26,6 +32,10 @@ pub struct Target {
     pub file: FileIdentity,
     /// Where the mount begins that it lies in.
     pub mountpoint: PathBuf,
+    /// Whether nothing can be written through that mount.
+    pub read_only: bool,
+    /// Where the whole store is mounted: the same place, unless that shows only a part of it.
+    pub top: Option<PathBuf>,
     /// The store that is mounted there.
     pub store: PathBuf,
     /// What kind of file it is.
@@ -53,6 +63,15 @@ impl Target {
         bounded(&text.clone(), LIMIT, move || Self::at(&path).map_err(|e| e.within(text)))
     }
 
+    /// What lies at a path in a mount.
+    ///
+    /// # Errors
+    /// As [`Target::find`].
+    pub fn at_path(path: &Path) -> Result<Self> {
+        let (path, about) = (path.to_owned(), path.display().to_string());
+        bounded(&about.clone(), LIMIT, move || Self::at(&path).map_err(|e| e.within(about)))
+    }
+
     fn at(path: &Path) -> Result<Self> {
         let failed = |e: std::io::Error| match e.raw_os_error() {
             Some(libc::ENOENT) => not_found("there is no such snapshot"),
@@ -74,9 +93,26 @@ impl Target {
             return Err(invalid("is no snapshot but a folder"));
         }
         let within = real.strip_prefix(&row.mountpoint).unwrap_or(&real);
-        let kind = kind_of(within, metadata.mode())?;
-        let (mountpoint, store) = (row.mountpoint.clone(), PathBuf::from(&row.source));
-        Ok(Self { path: real, file, mountpoint, store, kind })
+        // A part of a mount that is mounted again shows itself.
+        let within = row.root.strip_prefix("/").unwrap_or(&row.root).join(within);
+        let kind = kind_of(&within, metadata.mode())?;
+        let is_whole = |row: &&mountinfo::Row| row.kind == SNAPFS_TYPE && row.root == Path::new("/");
+        let mut whole = std::iter::once(row).chain(rows.iter().filter(|other| other.device == row.device));
+        let top = whole.find(is_whole).map(|row| row.mountpoint.clone());
+        let (mountpoint, read_only, store) = (row.mountpoint.clone(), row.read_only, PathBuf::from(&row.source));
+        Ok(Self { path: real, file, mountpoint, read_only, top, store, kind })
+    }
+
+    /// Has a program see the mount as one that can be written, which nobody else does: with `ro` only the mountpoint is
+    /// read-only, for the clones behind it are not.
+    pub fn made_writable(&self, plain: Command) -> Command {
+        if !self.read_only {
+            return plain;
+        }
+        let mut inside = command("unshare");
+        inside.args(["--mount", "--propagation", "private", "sh", "-c", MAKE_WRITABLE, "sh"]);
+        inside.arg(&self.mountpoint).arg(plain.get_program()).args(plain.get_args());
+        inside
     }
 }
 

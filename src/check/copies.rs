@@ -1,0 +1,316 @@
+//! Checks the copies of everything, on all targets of a store, and repairs them: what is missing is put back, what is
+//! damaged is replaced by what is proven.
+//!
+//! A log says which packs and root pages there must be, so nothing that collection deleted is put back from a target
+//! that was away. The order is that of reading: configuration, logs, holds, root pages, packs.
+
+use std::collections::BTreeSet;
+
+use crate::backend::replicate::Replicated;
+use crate::backend::target::Target;
+use crate::backend::{Backend, Key};
+use crate::catalog::hold::Hold;
+use crate::catalog::record::{Dead, Record, open_checkpoint};
+use crate::catalog::roots::{open_root, root_key};
+use crate::catalog::state::VmState;
+use crate::catalog::vm::{LogEntry, Vm, incarnation_by_copies, log_prefix, pack_key, parse_log_name};
+use crate::check::faults::Severity;
+use crate::check::store::{CheckOptions, CheckReport};
+use crate::error::{Error, ErrorKind, Result, corrupt};
+use crate::format::open_any_envelope;
+use crate::limits::{HOLD_BYTES_MAX, LOG_RECORD_BYTES_MAX, ROOT_PAGE_BYTES_MAX};
+use crate::name::VmName;
+use crate::pack::copies::{Depth, find, heal, place_of};
+use crate::pack::reader::ObjectPlace;
+use crate::store::Store;
+use crate::store::config::{FILE_NAME, StoreConfig, open_record, record_key, record_numbers};
+use crate::store::targets::Refill;
+use crate::units::Incarnation;
+
+/// The largest object that is no pack and is looked at as a whole.
+const WHOLE_BYTES_MAX: u64 = LOG_RECORD_BYTES_MAX;
+
+/// Checks all copies, and repairs them if the options say so.
+///
+/// Memory: one small object of each target, or the index of a pack, and 4 MiB. Cost: reads all small objects and the
+/// metadata of all packs on every target, and what else the options ask for.
+///
+/// # Errors
+/// `Unavailable`, `Denied` when the VMs cannot be listed.
+pub fn check_copies(
+    store: &Store,
+    replicated: &Replicated,
+    options: CheckOptions,
+    report: &mut CheckReport,
+) -> Result<()> {
+    let refills = if options.repair { Refill::begin(store, replicated)? } else { Vec::new() };
+    let mut check = CopyCheck { store, replicated, options, report, told_away: BTreeSet::new() };
+    check.run()?;
+    let refilled = refills.iter().filter(|refill| refill.finish(store, replicated)).count();
+    if refilled > 0 {
+        // What was written before others knew of the target again.
+        check.run()?;
+    }
+    check.tell_away();
+    Ok(())
+}
+
+struct CopyCheck<'a> {
+    store: &'a Store,
+    replicated: &'a Replicated,
+    options: CheckOptions,
+    report: &'a mut CheckReport,
+    told_away: BTreeSet<String>,
+}
+
+type Verify<'a> = &'a mut dyn FnMut(&[u8]) -> Result<()>;
+
+impl CopyCheck<'_> {
+    fn run(&mut self) -> Result<()> {
+        self.check_config()?;
+        let names = self.store.vm_names()?;
+        for name in &names {
+            if let Err(e) = self.check_vm(name) {
+                let key = format!("vms/{name}");
+                self.report.add_one(name.as_str(), key, format!("its copies cannot be checked: {e}"), Severity::Must);
+            }
+        }
+        self.check_common(&Key::new("common"))
+    }
+
+    fn tell_away(&mut self) {
+        let layout = self.replicated.layout();
+        for (target, _) in &layout.targets {
+            if target.is_there() && !self.told_away.contains(target.name()) {
+                continue;
+            }
+            let why = target.trouble().unwrap_or_else(|| "does not answer".to_owned());
+            self.report.targets_away.push(target.name().to_owned());
+            self.report.add_one("", target.name().to_owned(), format!("the target is away: {why}"), Severity::Copy);
+        }
+    }
+
+    fn check_config(&mut self) -> Result<()> {
+        let config = self.store.config().clone();
+        let homes = self.replicated.places(&Key::new(FILE_NAME)).homes;
+        let mut verify = |bytes: &[u8]| match StoreConfig::parse(bytes)? == config {
+            true => Ok(()),
+            false => Err(corrupt("is of another store")),
+        };
+        self.check_small("", &Key::new(FILE_NAME), &homes, WHOLE_BYTES_MAX, &mut verify);
+        for number in record_numbers(self.replicated)? {
+            let key = record_key(number);
+            let mut verify = |bytes: &[u8]| open_record(&key, &config, bytes).map(drop);
+            self.check_small("", &key, &homes, WHOLE_BYTES_MAX, &mut verify);
+        }
+        Ok(())
+    }
+
+    fn check_vm(&mut self, name: &VmName) -> Result<()> {
+        let vm = self.store.vm_handle(name);
+        let Some(incarnation) = incarnation_by_copies(vm.name(), self.replicated)? else { return Ok(()) };
+        let prefix = log_prefix(vm.name());
+        let homes = self.replicated.places(&prefix).homes;
+        let rows = self.replicated.list(&prefix)?;
+        let entries: Vec<(LogEntry, String)> =
+            rows.into_iter().filter_map(|row| Some((parse_log_name(&row.name)?, row.name))).collect();
+        let oldest = oldest_needed(&entries);
+        for (entry, file) in entries {
+            let key = Key::new(format!("{prefix}/{file}"));
+            if is_obsolete(entry, oldest) {
+                // Of a target that was away when it was deleted.
+                if self.options.repair
+                    && let Err(e) = self.replicated.delete(&key)
+                {
+                    log::debug!("{key}: stays: {e}");
+                }
+                continue;
+            }
+            let mut verify = |bytes: &[u8]| verify_entry(entry, incarnation, bytes);
+            self.check_small(vm.name(), &key, &homes, LOG_RECORD_BYTES_MAX, &mut verify);
+        }
+        let state = vm.refresh()?;
+        for id in vm.hold_ids()? {
+            let key = crate::catalog::hold::hold_key(vm.name(), id);
+            let mut verify = |bytes: &[u8]| match Hold::from_object(bytes)? {
+                hold if (hold.incarnation, hold.id) == (incarnation, id) => Ok(()),
+                hold => Err(corrupt(format!("is another hold, {}", hold.id))),
+            };
+            self.check_small(vm.name(), &key, &homes, HOLD_BYTES_MAX, &mut verify);
+        }
+        self.check_roots(&vm, &state, &homes);
+        self.check_packs(&vm, &state);
+        Ok(())
+    }
+
+    fn check_roots(&mut self, vm: &Vm, state: &VmState, homes: &[Target]) {
+        let mut roots: BTreeSet<_> = state.files.values().map(|file| file.root).collect();
+        roots.extend(state.condemned.keys());
+        for id in roots.into_iter().filter(|id| !state.dropping.contains(&Dead::Root { id: *id })) {
+            let key = root_key(vm.name(), id);
+            let mut verify = |bytes: &[u8]| open_root(bytes, state.incarnation, id).map(drop);
+            self.check_small(vm.name(), &key, homes, ROOT_PAGE_BYTES_MAX, &mut verify);
+        }
+    }
+
+    fn check_packs(&mut self, vm: &Vm, state: &VmState) {
+        let mut seen = BTreeSet::new();
+        for entry in state.packs.values().filter(|entry| seen.insert(entry.object)) {
+            let place = ObjectPlace {
+                key: pack_key(vm.name(), entry.object),
+                incarnation: state.incarnation,
+                object: entry.object,
+                content: entry.content,
+                bytes: entry.object_bytes,
+                tail_bytes: entry.tail_bytes,
+            };
+            self.check_pack(vm.name(), &place);
+        }
+    }
+
+    fn depth(&self) -> Depth {
+        match self.options.sample_percent {
+            _ if self.options.read_data => Depth::All,
+            Some(percent) if percent > 0.0 => Depth::Sample(percent, self.store.clock().now().0),
+            _ => Depth::Metadata,
+        }
+    }
+
+    fn check_pack(&mut self, vm: &str, place: &ObjectPlace) {
+        let found = find(self.replicated, place, self.depth());
+        self.report.copies += (found.whole.len() + found.bad.len()) as u64;
+        self.told_away.extend(found.away.iter().map(|target| target.name().to_owned()));
+        if found.bad.is_empty() {
+            return;
+        }
+        let bad = found.bad.len() as u64;
+        let healed = match self.options.repair {
+            true => heal(self.replicated, place),
+            false => Ok(0),
+        };
+        let healed = healed.unwrap_or_else(|e| {
+            log::warn!("{}: no copy of some part of it is whole: {e}", place.key);
+            0
+        });
+        for (target, why) in &found.bad {
+            self.tell(vm, &place.key, target, why, healed >= bad);
+        }
+        self.count(bad, healed.min(bad));
+    }
+
+    /// Checks the copies of an object that is read as a whole.
+    fn check_small(&mut self, vm: &str, key: &Key, homes: &[Target], bytes_max: u64, verify: Verify<'_>) {
+        let mut good: Option<Vec<u8>> = None;
+        let mut bad: Vec<(&Target, Error)> = Vec::new();
+        for target in homes {
+            let read = target.read_all(key, bytes_max).and_then(|bytes| verify(&bytes).map(|()| bytes));
+            match read {
+                Ok(bytes) => match &good {
+                    // The first of them, the arbiter's, decides.
+                    Some(first) if *first != bytes => bad.push((target, corrupt("differs from the other copy"))),
+                    Some(_) => {}
+                    None => good = Some(bytes),
+                },
+                Err(e) if e.kind() == ErrorKind::Unavailable => {
+                    self.told_away.insert(target.name().to_owned());
+                    continue;
+                }
+                Err(e) => bad.push((target, e)),
+            }
+            self.report.copies += 1;
+        }
+        // Without a good one the rest of the check tells of it; without any it was deleted meanwhile.
+        let Some(bytes) = good else { return };
+        for (target, why) in bad {
+            let is_repaired = self.options.repair
+                && match self.replicated.replace(target, key, &bytes) {
+                    Ok(()) => true,
+                    Err(e) => {
+                        log::warn!("{key}: the bad copy on {} stays: {e}", target.name());
+                        false
+                    }
+                };
+            self.tell(vm, key, target, &why, is_repaired);
+            self.count(1, u64::from(is_repaired));
+        }
+    }
+
+    fn tell(&mut self, vm: &str, key: &Key, target: &Target, why: &Error, is_repaired: bool) {
+        let what = if why.kind() == ErrorKind::NotFound { "is missing".to_owned() } else { why.to_string() };
+        let done = if is_repaired { ", repaired" } else { "" };
+        let text = format!("the copy on {}: {what}{done}", target.name());
+        self.report.add_one(vm, key.to_string(), text, Severity::Copy);
+    }
+
+    fn count(&mut self, bad: u64, repaired: u64) {
+        self.report.copies_bad += bad;
+        self.report.copies_repaired += repaired;
+    }
+
+    /// Common objects: what lies below a folder.
+    fn check_common(&mut self, folder: &Key) -> Result<()> {
+        for row in self.replicated.list(folder)? {
+            let key = Key::new(format!("{folder}/{}", row.name));
+            if row.is_folder {
+                self.check_common(&key)?;
+            } else if row.name.ends_with(".pack") {
+                if let Some(place) = self.common_place(&key) {
+                    self.check_pack("", &place);
+                }
+            } else {
+                let homes = self.replicated.places(&key).homes;
+                let is_popular = row.name.ends_with(".popular");
+                let mut verify = |bytes: &[u8]| match is_popular {
+                    // It has a checksum in each of its parts: the longest copy is taken.
+                    true if bytes.len() as u64 == row.bytes => Ok(()),
+                    true => Err(corrupt("is cut")),
+                    false => open_any_envelope(bytes).map(drop),
+                };
+                self.check_small("", &key, &homes, WHOLE_BYTES_MAX, &mut verify);
+            }
+        }
+        Ok(())
+    }
+
+    /// What a common pack is, by the first copy that can tell.
+    fn common_place(&self, key: &Key) -> Option<ObjectPlace> {
+        let name = key.as_str().rsplit('/').next()?;
+        let object = crate::pack::index::parse_object_name(name)?;
+        let homes = self.replicated.places(key).homes;
+        homes.iter().find_map(|home| place_of(home, key).ok().filter(|place| place.object == object))
+    }
+}
+
+/// The checkpoint from which on the log is needed: the last but one.
+fn oldest_needed(entries: &[(LogEntry, String)]) -> u32 {
+    let mut checkpoints: Vec<u32> = entries
+        .iter()
+        .filter_map(|(entry, _)| match entry {
+            LogEntry::Checkpoint(number) => Some(number.0),
+            LogEntry::Record(_) => None,
+        })
+        .collect();
+    checkpoints.sort_unstable();
+    checkpoints.iter().rev().nth(1).copied().unwrap_or(0)
+}
+
+fn is_obsolete(entry: LogEntry, oldest: u32) -> bool {
+    match entry {
+        LogEntry::Record(number) => number.0 <= oldest,
+        LogEntry::Checkpoint(number) => number.0 < oldest,
+    }
+}
+
+fn verify_entry(entry: LogEntry, incarnation: Incarnation, bytes: &[u8]) -> Result<()> {
+    let (told, wanted) = match entry {
+        LogEntry::Record(number) => {
+            let record = Record::from_object(bytes)?;
+            ((record.number, record.incarnation), number)
+        }
+        LogEntry::Checkpoint(number) => {
+            let state = open_checkpoint(bytes)?;
+            ((state.number, state.incarnation), number)
+        }
+    };
+    if told == (wanted, incarnation) { Ok(()) } else { Err(corrupt(format!("is of record {} or of another VM", told.0.0))) }
+}

@@ -1,0 +1,212 @@
+//! The copies of a pack object: which are whole, and how those that are not are made whole again.
+//!
+//! A bad copy is replaced only by bytes that were proven: by another copy of which all is right, or, where every copy is
+//! damaged, by all parts of the object, each from a copy in which it is right.
+
+use crate::backend::replicate::Replicated;
+use crate::backend::target::Target;
+use crate::backend::{Backend, Key};
+use crate::error::{Error, ErrorKind, Result, corrupt};
+use crate::pack::index::{HEADER_BYTES, Identity, Member, MemberTail, PackIndex, TRAILER_BYTES};
+use crate::pack::reader::{ObjectPlace, read_index, read_slot_page};
+
+/// Bytes that are read at a time.
+const BATCH_BYTES: u64 = 4 << 20;
+
+/// How much of a copy is looked at.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Depth {
+    /// Its length, header, index and slot table.
+    Metadata,
+    /// This share of its frames too, in percent; which ones depends on the seed.
+    Sample(f64, u64),
+    /// All of it.
+    All,
+}
+
+/// The state of the copies of an object.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// Targets that hold a whole one.
+    pub whole: Vec<Target>,
+    /// Targets that hold a damaged one or none, and what is wrong with it.
+    pub bad: Vec<(Target, Error)>,
+    /// Targets that do not answer.
+    pub away: Vec<Target>,
+}
+
+/// The identity of a pack object under a key that no log describes, by what it says itself.
+///
+/// # Errors
+/// `NotFound`, `Corrupt`, `Unavailable`.
+pub fn place_of(backend: &dyn Backend, key: &Key) -> Result<ObjectPlace> {
+    let bytes = backend.len(key)?;
+    let start = bytes.checked_sub(TRAILER_BYTES as u64).ok_or_else(|| corrupt(format!("{key}: has no trailer")))?;
+    let mut trailer = [0; TRAILER_BYTES];
+    backend.read(key, start, &mut trailer)?;
+    let within = |e: Error| e.within(key);
+    let tail_bytes = PackIndex::tail_bytes_from_trailer(&trailer).map_err(within)?;
+    let head = trailer.get(..HEADER_BYTES).unwrap_or_default();
+    let identity = Identity::from_header(head).map_err(within)?;
+    let (incarnation, object, content) = (identity.incarnation, identity.object, identity.content);
+    Ok(ObjectPlace { key: key.clone(), incarnation, object, content, bytes, tail_bytes })
+}
+
+/// Proves one copy. Memory: its index, and 4 MiB. Cost: reads what `depth` says.
+///
+/// # Errors
+/// `NotFound`, `Corrupt`, `Unavailable`.
+pub fn verify_copy(copy: &dyn Backend, place: &ObjectPlace, depth: Depth) -> Result<()> {
+    let bytes = copy.len(&place.key)?;
+    if bytes != place.bytes {
+        return Err(corrupt(format!("{}: has {bytes} bytes, the log says {}", place.key, place.bytes)));
+    }
+    let index = read_index(copy, place)?;
+    let mut header = [0; HEADER_BYTES];
+    copy.read(&place.key, 0, &mut header)?;
+    if header[..] != index.identity.header()[..] {
+        return Err(corrupt(format!("{}: pack header: is not what the trailer says", place.key)));
+    }
+    for member in &index.members {
+        for page in 0..member.pages() {
+            read_slot_page(copy, place, member, page)?;
+        }
+    }
+    let mut frame = 0;
+    for_each_run(&index, &mut |offset, bytes, rows| {
+        let is_wanted = match depth {
+            Depth::Metadata => false,
+            Depth::All => true,
+            Depth::Sample(percent, seed) => {
+                frame += 1;
+                let mixed = (seed ^ frame).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 11;
+                frame == 1 || (mixed as f64 / (1_u64 << 53) as f64) * 100.0 < percent
+            }
+        };
+        if !is_wanted {
+            return Ok(());
+        }
+        let mut stored = vec![0; bytes];
+        copy.read(&place.key, offset, &mut stored)?;
+        check_run(place, rows, &stored)
+    })
+}
+
+type Rows<'a> = [(crate::units::PackNumber, &'a crate::pack::frame::FrameRow)];
+
+/// Calls `work` with each run of frames: offset, bytes, and the rows.
+fn for_each_run(index: &PackIndex, work: &mut dyn FnMut(u64, usize, &Rows<'_>) -> Result<()>) -> Result<()> {
+    let all = index.members.iter().flat_map(|member| member.frames.iter().map(|row| (member.number, row)));
+    let mut offset = HEADER_BYTES as u64;
+    let mut run = Vec::new();
+    let mut bytes = 0;
+    for (number, row) in all {
+        if bytes > 0 && bytes + u64::from(row.stored_bytes) > BATCH_BYTES {
+            work(offset, bytes as usize, &run)?;
+            offset += bytes;
+            bytes = 0;
+            run.clear();
+        }
+        bytes += u64::from(row.stored_bytes);
+        run.push((number, row));
+    }
+    if run.is_empty() { Ok(()) } else { work(offset, bytes as usize, &run) }
+}
+
+fn check_run(place: &ObjectPlace, rows: &Rows<'_>, stored: &[u8]) -> Result<()> {
+    let mut rest = stored;
+    for (number, row) in rows {
+        let (bytes, tail) = rest.split_at_checked(row.stored_bytes as usize).unwrap_or((rest, &[]));
+        rest = tail;
+        if row.checksum_of(place.incarnation, *number, bytes) != row.checksum {
+            let slot = row.first_slot;
+            return Err(corrupt(format!("{}: frame of slot {slot}: checksum does not match", place.key)));
+        }
+    }
+    Ok(())
+}
+
+/// Looks at all copies of an object.
+pub fn find(replicated: &Replicated, place: &ObjectPlace, depth: Depth) -> Found {
+    let mut found = Found::default();
+    for target in replicated.places(&place.key).homes {
+        match verify_copy(&target, place, depth) {
+            Ok(()) => found.whole.push(target),
+            Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::NotFound) => found.bad.push((target, e)),
+            Err(_) if !target.is_there() => found.away.push(target),
+            // A medium that cannot read it is as good as one that has it not.
+            Err(e) => found.bad.push((target, e)),
+        }
+    }
+    found
+}
+
+/// Makes bad copies whole, from the whole ones or from what is whole in each. Returns how many were.
+///
+/// Memory: the index, and 4 MiB. Cost: reads all copies, and writes each bad one.
+///
+/// # Errors
+/// `Corrupt` when some part is whole in no copy: then nothing is changed. What a target refuses is told in the log.
+pub fn heal(replicated: &Replicated, place: &ObjectPlace) -> Result<u64> {
+    let found = find(replicated, place, Depth::All);
+    let mut healed = 0;
+    for (target, why) in &found.bad {
+        let outcome = match found.whole.first() {
+            Some(source) => copy_whole(source, target, place),
+            None => assemble(replicated, target, place),
+        };
+        match outcome {
+            Ok(()) => {
+                healed += 1;
+                replicated.is_healed(&place.key, target.id());
+                log::warn!("{}: the bad copy on {} is replaced: {why}", place.key, target.name());
+            }
+            Err(e) if e.kind() == ErrorKind::Corrupt && found.whole.is_empty() => return Err(e),
+            Err(e) => log::warn!("{}: the bad copy on {} stays: {e}", place.key, target.name()),
+        }
+    }
+    Ok(healed)
+}
+
+fn copy_whole(source: &Target, target: &Target, place: &ObjectPlace) -> Result<()> {
+    let mut upload = target.create_over(&place.key)?;
+    let mut offset = 0;
+    while offset < place.bytes {
+        let bytes = (place.bytes - offset).min(BATCH_BYTES);
+        let mut piece = vec![0; bytes as usize];
+        source.read(&place.key, offset, &mut piece)?;
+        upload.append(&piece)?;
+        offset += bytes;
+    }
+    upload.finish()
+}
+
+/// Writes an object from parts, each from a copy in which it is right.
+fn assemble(replicated: &Replicated, target: &Target, place: &ObjectPlace) -> Result<()> {
+    let index = read_index(replicated, place)?;
+    let mut upload = target.create_over(&place.key)?;
+    upload.append(&index.identity.header())?;
+    let all = index.members.iter().flat_map(|m| m.frames.iter().zip(&m.offsets).map(|(row, at)| (m.number, row, at)));
+    for (number, row, offset) in all {
+        let mut stored = vec![0; row.stored_bytes as usize];
+        let mut verify = |stored: &[u8]| check_run(place, &[(number, row)], stored);
+        replicated.read_checked(&place.key, *offset, &mut stored, &mut verify)?;
+        upload.append(&stored)?;
+    }
+    for member in &index.members {
+        for page in 0..member.pages() {
+            let page = read_slot_page(replicated, place, member, page)?;
+            let table: Vec<u8> = page.fingerprints.iter().flat_map(|print| print.0).collect();
+            upload.append(&table)?;
+        }
+    }
+    let tail = |member: &Member| MemberTail {
+        number: member.number,
+        frames: member.frames.clone(),
+        forwards: member.forwards.clone(),
+        checksums: member.page_checksums.clone(),
+    };
+    let members: Vec<_> = index.members.iter().map(tail).collect();
+    upload.append(&PackIndex::encode_tail(&index.identity, &members))?;
+    upload.finish()
+}

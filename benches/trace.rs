@@ -294,9 +294,11 @@ fn store(trace: &Trace, scheme: Scheme, tested: std::ops::Range<usize>) -> Outco
             common.extend(chosen);
         }
     }
-    let copies: u64 = own.iter().map(|(block, copies)| if common.contains(block) { 0 } else { u64::from(*copies) }).sum();
+    let copies: u64 =
+        own.iter().map(|(block, copies)| if common.contains(block) { 0 } else { u64::from(*copies) }).sum();
     // Of what the tested days brought, common blocks count once.
-    let shared: HashSet<Block> = on_test.into_iter().chain(own.keys().copied().filter(|b| common.contains(b))).collect();
+    let shared: HashSet<Block> =
+        on_test.into_iter().chain(own.keys().copied().filter(|b| common.contains(b))).collect();
     outcome.compacted = copies + shared.len() as u64;
     outcome.popular = common.len().max(elected) as u64;
     outcome.sighting = hooks.values().map(Vec::len).sum::<usize>() as u64;
@@ -336,7 +338,11 @@ fn levels() {
     let all = raw * DAYS as f64;
     let level_1: u64 = trace.after_level_1.iter().sum();
     let (unique, left) = unique_and_left(&trace, 0..DAYS);
-    println!("trace: {VMS} VMs, {DAYS} days, {:.1} million blocks, made in {:.0} s", all / 1e6, began.elapsed().as_secs_f64());
+    println!(
+        "trace: {VMS} VMs, {DAYS} days, {:.1} million blocks, made in {:.0} s",
+        all / 1e6,
+        began.elapsed().as_secs_f64()
+    );
     println!("| left, % of raw | trace | papers |\n|---|---|---|");
     println!("| level 1 | {:.2} | 24.14 |", percent(level_1 as f64, all));
     println!("| level 2 | {:.2} | 12.05 |", percent(left as f64, all));
@@ -345,7 +351,9 @@ fn levels() {
     trace.fresh.iter().flatten().flatten().flatten().for_each(|b| *popularity.entry(*b).or_default() += 1);
     let mut counts: Vec<u32> = popularity.values().copied().collect();
     counts.sort_unstable_by(|a, b| b.cmp(a));
-    println!("\n| sigma % | coverage of what level 2 leaves, % | papers, measured | sigma^(1 - 0.70) |\n|---|---|---|---|");
+    println!(
+        "\n| sigma % | coverage of what level 2 leaves, % | papers, measured | sigma^(1 - 0.70) |\n|---|---|---|---|"
+    );
     for (sigma, told) in [(1.0, "18.6 to 23.6"), (2.0, "22.1 to 33.6"), (4.0, "31.4 to 38.8")] {
         let top = (counts.len() as f64 * sigma / 100.0) as usize;
         let covered: u64 = counts[..top].iter().map(|n| u64::from(*n)).sum();
@@ -353,17 +361,23 @@ fn levels() {
         println!("| {sigma} | {:.1} | {told} | {model:.1} |", percent(covered as f64, left as f64));
     }
     drop((popularity, counts));
-    let tables: [(&str, std::ops::Range<usize>, &'static [usize]); 2] =
-        [("days 6 to 10, elected once, after day 5", 5..DAYS, &[4]), ("all 10 days, elected after days 1 and 8", 0..DAYS, &[0, 7])];
+    let tables: [(&str, std::ops::Range<usize>, &'static [usize]); 2] = [
+        ("days 6 to 10, elected once, after day 5", 5..DAYS, &[4]),
+        ("all 10 days, elected after days 1 and 8", 0..DAYS, &[0, 7]),
+    ];
     for (title, days, elect_after) in tables {
         let (unique, left) = unique_and_left(&trace, days.clone());
         let raw = raw * days.len() as f64;
         let efficiency = |stored: u64| percent(raw - stored as f64, raw - unique as f64);
         println!("\n{title}: local levels alone {:.2} % of perfect", efficiency(left));
-        println!("| scheme | sigma % | efficiency inline, % | after compaction, % | of the cross-VM duplicates, % | popular blocks | index MB | sighting MB | raw : memory | papers |");
+        println!(
+            "| scheme | sigma % | efficiency inline, % | after compaction, % | of the cross-VM duplicates, % | popular blocks | index MB | sighting MB | raw : memory | papers |"
+        );
         println!("|---|---|---|---|---|---|---|---|---|---|");
         let mut rows: Vec<(&str, Scheme, &str)> = Vec::new();
-        for (sigma, told) in [(0.5, ""), (1.0, ""), (2.0, "96.01 (oracle, 118 MB, 85 000 : 1)"), (4.0, "96.58 (oracle, 190 to 220 MB)")] {
+        for (sigma, told) in
+            [(0.5, ""), (1.0, ""), (2.0, "96.01 (oracle, 118 MB, 85 000 : 1)"), (4.0, "96.58 (oracle, 190 to 220 MB)")]
+        {
             let plain = Scheme { sigma, elect_after, oracle: false, promote: false };
             rows.push(("oracle election", Scheme { oracle: true, elect_after: &[], ..plain }, told));
             rows.push(("past-only election", plain, ""));
@@ -372,7 +386,11 @@ fn levels() {
         let nothing = Scheme { sigma: 0.0, elect_after: &[], oracle: false, promote: true };
         rows.push(("promotion alone", nothing, ""));
         rows.push(("past-only, all shared", Scheme { sigma: 100.0, elect_after, oracle: false, promote: false }, ""));
-        rows.push(("past-only, all shared, promotion", Scheme { sigma: 100.0, elect_after, oracle: false, promote: true }, ""));
+        rows.push((
+            "past-only, all shared, promotion",
+            Scheme { sigma: 100.0, elect_after, oracle: false, promote: true },
+            "",
+        ));
         for (name, scheme, told) in rows {
             let outcome = store(&trace, scheme, days.clone());
             let index = outcome.popular as f64 * 8.0 / 1e6;
@@ -413,7 +431,10 @@ fn lookups(trace: &Trace) {
     }
     let each = began.elapsed().as_secs_f64() * 1e6 / segments.len() as f64;
     let mib = index.memory_bytes() as f64 / 1e6;
-    println!("\nreal index of all {} shared blocks: {mib:.1} MB; lookups of a changed segment {each:.1} us ({found} found); papers: 5.78 ms", index.entries());
+    println!(
+        "\nreal index of all {} shared blocks: {mib:.1} MB; lookups of a changed segment {each:.1} us ({found} found); papers: 5.78 ms",
+        index.entries()
+    );
 }
 
 // ------------------------------------------------------------------------------------------------------------ batch
@@ -459,7 +480,9 @@ impl Task for Batch {
         21
     }
     fn judge(&self, _: &Fingerprint, holders: &[Holder], rows: &mut Vec<u8>) {
-        for holder in holders.iter().filter(|holder| holder.wanted.is_some() && (holders.len() > 1 || holder.slot.is_some())) {
+        for holder in
+            holders.iter().filter(|holder| holder.wanted.is_some() && (holders.len() > 1 || holder.slot.is_some()))
+        {
             rows.extend([&holder.member.0.to_le_bytes()[..], &[1; 17]].concat());
         }
     }
@@ -513,7 +536,9 @@ fn batch(folder: &Path) {
         batch_process(folder, Some(Hosts::parse(hosts, index.parse().unwrap()).unwrap()), RECORDS);
         return;
     }
-    println!("| process | s | million records | of these wanted | verdicts, million | spilled MB | sent MB | largest resident MiB |");
+    println!(
+        "| process | s | million records | of these wanted | verdicts, million | spilled MB | sent MB | largest resident MiB |"
+    );
     println!("|---|---|---|---|---|---|---|---|");
     for processes in [1_usize, 2, 4] {
         let scratch = tempfile::tempdir_in(folder).unwrap();
@@ -546,9 +571,10 @@ fn batch(folder: &Path) {
 fn stage_model() {
     println!("\n| stage model, 100 machines of 25 VMs of 40 GB | hours | papers |\n|---|---|---|");
     let (s, v, c) = (40e9, 25.0, 4096.0);
-    for (name, u, e, rescan) in
-        [("papers' constants (u 40, e 48, two scans)", 40.0, 48.0, true), ("this program (u 44, e 21; a second scan of what is new only)", 44.0, 21.0, false)]
-    {
+    for (name, u, e, rescan) in [
+        ("papers' constants (u 40, e 48, two scans)", 40.0, 48.0, true),
+        ("this program (u 44, e 21; a second scan of what is new only)", 44.0, 21.0, false),
+    ] {
         let (d1, d2, d3, b, beta) = (0.78, 0.5, 0.01, 50e6, 1e-6);
         let (a_n, m_n) = (0.0005, 25e6);
         let r = s * v * (1.0 - d1) / c;

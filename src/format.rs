@@ -102,16 +102,6 @@ pub fn envelop(kind: ObjectKind, body: &[u8]) -> Vec<u8> {
     [&preamble[..], &length, &checksum, body].concat()
 }
 
-/// Checks an object of any kind that was made by [`envelop`]; which kind it is.
-///
-/// # Errors
-/// As [`open_envelope`].
-pub fn open_any_envelope(bytes: &[u8]) -> Result<ObjectKind> {
-    let told = bytes.get(8..10).and_then(|kind| kind.first_chunk::<2>()).map(|kind| u16::from_le_bytes(*kind));
-    let kind = ObjectKind::ALL.into_iter().find(|kind| Some(*kind as u16) == told).unwrap_or(ObjectKind::Record);
-    open_envelope(kind, bytes).map(|_| kind)
-}
-
 /// The body of an object made by [`envelop`].
 ///
 /// The checksum is looked at before version and features: a flipped bit is damage, a whole object with an unknown

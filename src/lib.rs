@@ -11,6 +11,8 @@ pub mod fuse;
 
 pub mod fs;
 
+pub mod elect;
+
 pub mod batch;
 
 pub mod ingest;

@@ -685,7 +685,7 @@ impl Upload for Writing {
         let name = || match &self.temporary {
             None => place.link_unnamed(&self.file, key.as_str()),
             Some(temporary) if self.is_over => {
-                fs::renameat(&place.top, &temporary.path, &place.top, key.as_str())
+                place.calls.rename(&place.top, &temporary.path, key.as_str(), fs::RenameFlags::empty())
             }
             Some(temporary) => place.rename_temporary(&temporary.path, key.as_str()),
         };
@@ -851,8 +851,16 @@ mod tests {
         // As after an append of which only a part found room.
         rustix::io::pwrite(&file, b"abcdef", 0).unwrap();
         let place = Arc::clone(&local.place);
-        let mut writing =
-            Writing { place, key: key.clone(), file, temporary: None, is_over: false, bytes: 0, bytes_begun: 0, is_torn: true };
+        let mut writing = Writing {
+            place,
+            key: key.clone(),
+            file,
+            temporary: None,
+            is_over: false,
+            bytes: 0,
+            bytes_begun: 0,
+            is_torn: true,
+        };
         writing.append(b"xy").unwrap();
         Box::new(writing).finish().unwrap();
         assert_eq!(local.read_all(&key, 100).unwrap(), b"xy");

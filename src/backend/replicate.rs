@@ -194,6 +194,19 @@ impl Replicated {
         }
     }
 
+    /// Goes on with the newest layout.
+    ///
+    /// # Errors
+    /// `Corrupt`, `Unavailable` when the configuration cannot be read.
+    pub fn reload_now(&self) -> Result<()> {
+        if let Some(reload) = &self.reload
+            && let Some(newer) = reload(&self.layout())?
+        {
+            self.set_layout(newer);
+        }
+        Ok(())
+    }
+
     /// Follows changes of the targets, as seen by the first of these that is there.
     fn follow_any(&self, key: &Key) -> Result<Places> {
         let places = self.places(key);
@@ -302,7 +315,11 @@ impl Replicated {
             let arbiter = places.homes.first().map_or("?", Target::name);
             format!("{arbiter}, which decides over it, is not there")
         } else {
-            format!("{there} of its {} targets are there, {} are needed; away: {away}", places.homes.len(), places.quorum)
+            format!(
+                "{there} of its {} targets are there, {} are needed; away: {away}",
+                places.homes.len(),
+                places.quorum
+            )
         };
         Err(Error::new(ErrorKind::Unavailable, format!("{key}: nothing was written: {why}")))
     }
@@ -392,9 +409,9 @@ fn verdict(key: &Key, failed: Vec<(Target, Error)>) -> Error {
     let corrupt_at = failed.iter().position(|(_, e)| e.kind() == ErrorKind::Corrupt);
     let mut failed = failed.into_iter();
     if let Some(at) = corrupt_at
-        && let Some((target, error)) = failed.nth(at)
+        && let Some((_, error)) = failed.nth(at)
     {
-        return error.within(format!("on {}", target.name()));
+        return error;
     }
     let all: Vec<(Target, Error)> = failed.collect();
     let is_gone = (arbiter_says_no || none_away) && all.iter().any(|(_, e)| e.kind() == ErrorKind::NotFound);

@@ -153,10 +153,7 @@ impl Target {
     ///
     /// # Errors
     /// What `work` returns; `Unavailable` when the target is not there or does not answer.
-    pub fn call<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&dyn Backend) -> Result<T> + Send + 'static,
-    ) -> Result<T> {
+    pub fn call<T: Send + 'static>(&self, work: impl FnOnce(&dyn Backend) -> Result<T> + Send + 'static) -> Result<T> {
         self.start(work).wait()
     }
 

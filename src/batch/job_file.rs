@@ -55,7 +55,9 @@ pub fn parse(text: &[u8], hosts: usize) -> Result<Vec<JobLine>> {
         if let Some(host) = host
             && *told.entry(vm.clone()).or_insert(host) != host
         {
-            return Err(wrong(&format!("VM {vm:?} is on another host in an earlier line; a VM is written by one host")));
+            return Err(wrong(&format!(
+                "VM {vm:?} is on another host in an earlier line; a VM is written by one host"
+            )));
         }
         let map = rest.get(1).filter(|map| !map.is_empty()).map(PathBuf::from);
         rows.push(JobLine { name, source: PathBuf::from(source), host: usize::MAX, map });

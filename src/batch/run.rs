@@ -12,9 +12,7 @@ use roaring::RoaringTreemap;
 use crate::batch::image::{BatchImage, LINE_SHIFT, Scanned, SlotJournal, Taken, line_of, position};
 use crate::batch::job_file::{JobLine, in_line, parse};
 use crate::batch::rounds::deal;
-use crate::batch::task::{
-    Description, Detect, Kind, Link, MemberRow, NOTE_BYTES, Note, Round, WANT_BYTES, each_row,
-};
+use crate::batch::task::{Description, Detect, Kind, Link, MemberRow, NOTE_BYTES, Note, Round, WANT_BYTES, each_row};
 use crate::catalog::record::Op;
 use crate::catalog::state::VmState;
 use crate::cluster::detect::{Feed, Holder, Progress, Report, Setup, Task, run};
@@ -32,9 +30,7 @@ use crate::ingest::common::CommonWriter;
 use crate::ingest::draft_tree::DraftTree;
 use crate::ingest::source::Source;
 use crate::ingest::writer::{CommitRequest, Prepared, Writer, commit_together};
-use crate::limits::{
-    BATCH_ROUNDS_MAX, BATCH_SEGMENTS, BLOCK_BYTES, IMAGE_BYTES_MAX, SEGMENT_BLOCKS, SEGMENT_BYTES,
-};
+use crate::limits::{BATCH_ROUNDS_MAX, BATCH_SEGMENTS, BLOCK_BYTES, IMAGE_BYTES_MAX, SEGMENT_BLOCKS, SEGMENT_BYTES};
 use crate::name::{SnapshotName, VmName};
 use crate::pack::Content;
 use crate::pack::reader::read_slot_page;
@@ -194,7 +190,8 @@ pub fn batch(
     let dealt = deal(&sizes.values().copied().collect::<Vec<_>>(), options.rounds);
     let round_of: BTreeMap<&str, usize> = sizes.keys().copied().zip(dealt).collect();
     for round in 0..options.rounds {
-        let here = todo.iter().filter(|(_, line)| round_of.get(line.name.vm.as_str()) == Some(&round)).cloned().collect();
+        let here =
+            todo.iter().filter(|(_, line)| round_of.get(line.name.vm.as_str()) == Some(&round)).cloned().collect();
         work.round(round, here)?;
     }
     work.finish(host)
@@ -736,7 +733,8 @@ fn sort_out(
     memory_bytes: usize,
 ) -> Result<(File, File)> {
     let failed = |e| Error::io("scratch file", e);
-    let new_file = || tempfile::tempfile_in(scratch).map(|file| BufWriter::with_capacity(64 << 10, file)).map_err(failed);
+    let new_file =
+        || tempfile::tempfile_in(scratch).map(|file| BufWriter::with_capacity(64 << 10, file)).map_err(failed);
     let (mut wants, mut gifts) = (new_file()?, new_file()?);
     let place = round.places.get(&line).copied().unwrap_or(usize::MAX);
     let scan = round.images.get(&line).and_then(|taken| lock(taken).scan.clone());

@@ -238,7 +238,9 @@ impl Round {
             return match home.refresh() {
                 Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
                 Err(e) => Err(e),
-                Ok(state) => self.feed_packs(home, &|pack| state.popular.group_of(pack) == row.group && wanted(pack), feed),
+                Ok(state) => {
+                    self.feed_packs(home, &|pack| state.popular.group_of(pack) == row.group && wanted(pack), feed)
+                }
             };
         }
         match self.store.vm(&VmName::new(&row.vm)?) {
@@ -292,7 +294,8 @@ impl Round {
                 feed.tick()?;
                 continue;
             }
-            let data: Vec<&[u8; BLOCK_BYTES]> = blocks.iter().zip(&is_data).filter(|(_, d)| **d).map(|(b, _)| b).collect();
+            let data: Vec<&[u8; BLOCK_BYTES]> =
+                blocks.iter().zip(&is_data).filter(|(_, d)| **d).map(|(b, _)| b).collect();
             let mut found_prints = Vec::with_capacity(data.len());
             fingerprint_blocks(&data, &mut found_prints);
             let mut found_prints = found_prints.into_iter();

@@ -146,8 +146,8 @@ wire_enum! {
         15 => Join { host: String, process: u32 },
         /// Common packs of one VM group that a writer added.
         16 => Bring { group: VmGroup, packs: Vec<PackEntry> },
-        /// A new epoch of the popular set. Its index is there; nothing new may refer to the condemned slots.
-        17 => Publish { epoch: u64, condemned: SlotSet },
+        /// A new epoch of the popular set: that of the index, and common slots that nothing new may refer to.
+        17 => Publish { epoch: u64, index: u64, condemned: SlotSet },
         /// Packs of writers that joined before this record are not brought any more.
         18 => Fence { before: RecordNumber },
         /// The VM belongs to this VM group from now on; an empty name: to that of all VMs without one.

@@ -77,6 +77,10 @@ wire_struct! {
     pub struct Popular {
         /// The newest epoch; 0 before the first.
         pub epoch: u64,
+        /// The epoch whose popular index counts; 0 for none.
+        pub index: u64,
+        /// The record that published the newest epoch.
+        pub published: RecordNumber,
         /// Slots that nothing new may refer to, from that epoch on.
         pub condemned: SlotSet,
         /// Packs of writers that joined before this record are not brought any more.
@@ -281,11 +285,13 @@ impl VmState {
             Op::Deleted {} => self.dropping.clear(),
             Op::Join { .. } => {}
             Op::Bring { group, packs } => self.bring(*group, packs)?,
-            Op::Publish { epoch, condemned } => {
-                if *epoch <= self.popular.epoch {
+            Op::Publish { epoch, index, condemned } => {
+                if *epoch <= self.popular.epoch || index > epoch {
                     return Err(corrupt(format!("publishes epoch {epoch} after {}", self.popular.epoch)));
                 }
                 self.popular.epoch = *epoch;
+                self.popular.index = *index;
+                self.popular.published = record.number;
                 self.popular.condemned.clone_from(condemned);
             }
             Op::Fence { before } => {

@@ -77,7 +77,7 @@ impl Common {
 /// The popular indexes: that of the newest epoch must be whole, since writers would share nothing without it.
 fn check_indexes(store: &Store, state: &VmState, faults: &mut Faults) -> Result<()> {
     let backend = &**store.backend();
-    let newest = Epoch(state.popular.epoch);
+    let newest = Epoch(state.popular.index);
     let mut epochs: BTreeSet<Epoch> = BTreeSet::new();
     for row in backend.list(&Key::new("common/popular"))? {
         match parse_index_name(&row.name) {

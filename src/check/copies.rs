@@ -5,6 +5,7 @@
 //! that was away. The order is that of reading: configuration, logs, holds, root pages, packs.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use crate::backend::replicate::Replicated;
 use crate::backend::target::Target;
@@ -17,11 +18,11 @@ use crate::catalog::vm::{LogEntry, Vm, incarnation_by_copies, log_prefix, pack_k
 use crate::check::faults::Severity;
 use crate::check::store::{CheckOptions, CheckReport};
 use crate::error::{Error, ErrorKind, Result, corrupt};
-use crate::format::open_any_envelope;
 use crate::limits::{HOLD_BYTES_MAX, LOG_RECORD_BYTES_MAX, ROOT_PAGE_BYTES_MAX};
 use crate::name::VmName;
-use crate::pack::copies::{Depth, find, heal, place_of};
+use crate::pack::copies::{Depth, copy_object, find, heal};
 use crate::pack::reader::ObjectPlace;
+use crate::popular::index::{IndexIdentity, PopularIndex, parse_index_name};
 use crate::store::Store;
 use crate::store::config::{FILE_NAME, StoreConfig, open_record, record_key, record_numbers};
 use crate::store::targets::Refill;
@@ -75,7 +76,8 @@ impl CopyCheck<'_> {
                 self.report.add_one(name.as_str(), key, format!("its copies cannot be checked: {e}"), Severity::Must);
             }
         }
-        self.check_common(&Key::new("common"))
+        self.check_home(&self.store.common_home().clone())?;
+        self.check_popular()
     }
 
     fn tell_away(&mut self) {
@@ -107,7 +109,11 @@ impl CopyCheck<'_> {
     }
 
     fn check_vm(&mut self, name: &VmName) -> Result<()> {
-        let vm = self.store.vm_handle(name);
+        self.check_home(&self.store.vm_handle(name))
+    }
+
+    /// A VM, or the common home.
+    fn check_home(&mut self, vm: &Arc<Vm>) -> Result<()> {
         let Some(incarnation) = incarnation_by_copies(vm.name(), self.replicated)? else { return Ok(()) };
         let prefix = log_prefix(vm.name());
         let homes = self.replicated.places(&prefix).homes;
@@ -138,8 +144,8 @@ impl CopyCheck<'_> {
             };
             self.check_small(vm.name(), &key, &homes, HOLD_BYTES_MAX, &mut verify);
         }
-        self.check_roots(&vm, &state, &homes);
-        self.check_packs(&vm, &state);
+        self.check_roots(vm, &state, &homes);
+        self.check_packs(vm, &state);
         Ok(())
     }
 
@@ -190,6 +196,7 @@ impl CopyCheck<'_> {
         };
         let healed = healed.unwrap_or_else(|e| {
             log::warn!("{}: no copy of some part of it is whole: {e}", place.key);
+            self.report.copies_hopeless += bad;
             0
         });
         for (target, why) in &found.bad {
@@ -219,7 +226,9 @@ impl CopyCheck<'_> {
             }
             self.report.copies += 1;
         }
-        // Without a good one the rest of the check tells of it; without any it was deleted meanwhile.
+        // While objects move it may be where it was before. Without a good one the rest of the check tells of it; without
+        // any it was deleted meanwhile.
+        let good = good.or_else(|| self.replicated.read_all_checked(key, bytes_max, verify).ok());
         let Some(bytes) = good else { return };
         for (target, why) in bad {
             let is_repaired = self.options.repair
@@ -247,37 +256,33 @@ impl CopyCheck<'_> {
         self.report.copies_repaired += repaired;
     }
 
-    /// Common objects: what lies below a folder.
-    fn check_common(&mut self, folder: &Key) -> Result<()> {
-        for row in self.replicated.list(folder)? {
+    /// The popular indexes: derived from common packs, but not rebuilt before the next election.
+    fn check_popular(&mut self) -> Result<()> {
+        let incarnation = self.store.common_home().state().incarnation;
+        let bytes_max = self.store.shares().popular_bytes;
+        let folder = Key::new("common/popular");
+        for row in self.replicated.list(&folder)?.iter().filter(|row| !row.is_folder) {
+            let Some(epoch) = parse_index_name(&row.name) else { continue };
             let key = Key::new(format!("{folder}/{}", row.name));
-            if row.is_folder {
-                self.check_common(&key)?;
-            } else if row.name.ends_with(".pack") {
-                if let Some(place) = self.common_place(&key) {
-                    self.check_pack("", &place);
-                }
-            } else {
-                let homes = self.replicated.places(&key).homes;
-                let is_popular = row.name.ends_with(".popular");
-                let mut verify = |bytes: &[u8]| match is_popular {
-                    // It has a checksum in each of its parts: the longest copy is taken.
-                    true if bytes.len() as u64 == row.bytes => Ok(()),
-                    true => Err(corrupt("is cut")),
-                    false => open_any_envelope(bytes).map(drop),
+            let identity = IndexIdentity { incarnation, epoch };
+            let verify = |target: &Target| PopularIndex::read(target, identity, bytes_max).map(drop);
+            let homes = self.replicated.places(&key).homes;
+            let Some(whole) = homes.iter().find(|home| verify(home).is_ok()) else { continue };
+            for target in &homes {
+                let why = match verify(target) {
+                    Ok(()) => continue,
+                    Err(e) if e.kind() == ErrorKind::Unavailable => continue,
+                    Err(e) => e,
                 };
-                self.check_small("", &key, &homes, WHOLE_BYTES_MAX, &mut verify);
+                let is_repaired = self.options.repair
+                    && copy_object(whole, target, &key)
+                        .inspect_err(|e| log::warn!("{key}: the bad copy on {} stays: {e}", target.name()))
+                        .is_ok();
+                self.tell("", &key, target, &why, is_repaired);
+                self.count(1, u64::from(is_repaired));
             }
         }
         Ok(())
-    }
-
-    /// What a common pack is, by the first copy that can tell.
-    fn common_place(&self, key: &Key) -> Option<ObjectPlace> {
-        let name = key.as_str().rsplit('/').next()?;
-        let object = crate::pack::index::parse_object_name(name)?;
-        let homes = self.replicated.places(key).homes;
-        homes.iter().find_map(|home| place_of(home, key).ok().filter(|place| place.object == object))
     }
 }
 
@@ -312,5 +317,9 @@ fn verify_entry(entry: LogEntry, incarnation: Incarnation, bytes: &[u8]) -> Resu
             ((state.number, state.incarnation), number)
         }
     };
-    if told == (wanted, incarnation) { Ok(()) } else { Err(corrupt(format!("is of record {} or of another VM", told.0.0))) }
+    if told == (wanted, incarnation) {
+        Ok(())
+    } else {
+        Err(corrupt(format!("is of record {} or of another VM", told.0.0)))
+    }
 }

@@ -16,6 +16,8 @@ pub mod vm;
 
 pub mod copies;
 
+pub mod moving;
+
 pub mod holds;
 
 pub mod trees;

@@ -53,6 +53,8 @@ pub struct CheckReport {
     pub copies_bad: u64,
     /// Of these, repaired ones.
     pub copies_repaired: u64,
+    /// Of the bad ones, those of objects that have a part that is whole in no copy.
+    pub copies_hopeless: u64,
     /// Targets that are not there.
     pub targets_away: Vec<String>,
 }

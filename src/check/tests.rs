@@ -30,7 +30,7 @@ fn a_clean_store_has_no_findings() {
     let bench = bench();
     for percent in [None, Some(0.0), Some(1.0), Some(50.0), Some(100.0)] {
         for read_data in [false, true] {
-            let report = check(&bench, CheckOptions { read_data, sample_percent: percent, ..FULL });
+            let report = check(&bench, CheckOptions { read_data, sample_percent: percent, repair: false });
             assert_eq!(report.findings, []);
             assert_eq!((report.vms, report.snapshots, report.objects, report.leaked_objects), (2, 4, 8, 0));
             assert_eq!(report.frames_read > 0, read_data || percent > Some(0.0));
@@ -59,7 +59,7 @@ fn every_damaged_object_is_found_and_named() {
                 Some(bytes) => bench.memory.replace(&key, bytes),
                 None => drop(bench.memory.remove(&key)),
             }
-            for options in [FULL, CheckOptions { read_data: false, sample_percent: Some(100.0), ..FULL }] {
+            for options in [FULL, CheckOptions { read_data: false, sample_percent: Some(100.0), repair: false }] {
                 let report = check(&bench, options);
                 assert!(report.is_damaged(), "{key}: case {case}");
                 assert!(report.findings.iter().all(|f| f.vm == "web01"), "{:?}", report.findings);

@@ -14,7 +14,7 @@ use crate::check::holds::Holds;
 use crate::check::objects::ObjectCheck;
 use crate::check::store::{CheckOptions, CheckReport};
 use crate::check::trees::TreeCheck;
-use crate::error::{ErrorKind, Result};
+use crate::error::{ErrorKind, Result, corrupt};
 use crate::limits::LOG_RECORD_BYTES_MAX;
 use crate::name::VmName;
 use crate::pack::index::parse_object_name;
@@ -86,14 +86,22 @@ pub(super) fn check_log(vm: &Vm, faults: &mut Faults) -> Result<bool> {
     for row in list(vm, "log")? {
         let key = Key::new(format!("{}/{}", log_prefix(vm.name()), row.name));
         let Some(entry) = parse_log_name(&row.name) else { continue };
-        let told = vm.backend().read_all(&key, LOG_RECORD_BYTES_MAX).and_then(|bytes| match entry {
-            LogEntry::Record(number) => {
-                Record::from_object(&bytes).map(|record| (record.number, record.incarnation, number))
-            }
-            LogEntry::Checkpoint(number) => {
-                open_checkpoint(&bytes).map(|state| (state.number, state.incarnation, number))
-            }
-        });
+        let mut read = None;
+        let mut verify = |bytes: &[u8]| {
+            read = Some(match entry {
+                LogEntry::Record(number) => {
+                    let record = Record::from_object(bytes)?;
+                    (record.number, record.incarnation, number)
+                }
+                LogEntry::Checkpoint(number) => {
+                    let state = open_checkpoint(bytes)?;
+                    (state.number, state.incarnation, number)
+                }
+            });
+            Ok(())
+        };
+        let told = vm.backend().read_all_checked(&key, LOG_RECORD_BYTES_MAX, &mut verify);
+        let told = told.and_then(|_| read.ok_or_else(|| corrupt("was not read")));
         // The log could be read: nothing is lost by what is found here, but one more such and it could not.
         match told {
             Ok((told, incarnation, named)) if told == named && incarnation == vm.state().incarnation => {}

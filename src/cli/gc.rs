@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use crate::cli::output::{self, Progress};
 use crate::cli::store_arg::{StoreArg, parse_size, vm_name};
 use crate::cli::{BUSY, DAMAGED, DONE, Outcome, exit_code};
+use crate::collect::common::collect_common;
 use crate::collect::gc::{self, GcOptions, GcReport, collect_vm};
 use crate::error::{ErrorKind, Result, invalid};
 use crate::limits::GC_RATE_BYTES_MIN;
@@ -96,6 +97,22 @@ impl Gc {
                 }
             }
         }
+        if self.vm.is_none() {
+            let mut progress = |progress| bar.note(|| format!("common packs: {}", in_words(progress)));
+            match collect_common(&store, options, &mut progress) {
+                Ok(done) => {
+                    let done = done.filter(|done| !done.idle || done.slots_condemned > 0);
+                    if done.as_ref().is_some_and(|done| !done.damaged.is_empty()) {
+                        code = code.max(DAMAGED);
+                    }
+                    report.vms.extend(done);
+                }
+                Err(e) => {
+                    output::message(&e);
+                    code = code.max(exit_code(e.kind()));
+                }
+            }
+        }
         drop(bar);
         for done in &report.vms {
             tell(done);
@@ -126,6 +143,10 @@ fn tell(report: &GcReport) {
     if report.no_space {
         output::message(format!("{vm}: compaction stopped, no space is left; run gc again when there is some"));
     }
+    if !report.waiting_for.is_empty() {
+        let vms = report.waiting_for.join(", ");
+        output::message(format!("{vm}: more can go when the writers have ended of {vms}"));
+    }
     for object in &report.damaged {
         output::message(format!("{object}: damaged, left alone; run snapfs check"));
     }
@@ -136,6 +157,9 @@ fn tell(report: &GcReport) {
 
 /// What stays although it was forgotten, and why.
 fn kept(report: &GcReport) -> String {
+    if report.slots_condemned > 0 {
+        return format!("; {} blocks are used by nobody and go with the next gc", report.slots_condemned);
+    }
     let roots = |count: u64| format!("{count} forgotten snapshot{}", if count == 1 { "" } else { "s" });
     match (report.roots_held, report.roots_pinned) {
         (0, 0) => String::new(),

@@ -23,6 +23,7 @@ pub mod mount;
 pub mod mount_options;
 pub mod mountinfo;
 pub mod output;
+pub mod popular;
 pub mod protect;
 pub mod restore;
 pub mod settings;
@@ -30,6 +31,7 @@ pub mod show;
 pub mod stats;
 pub mod store_arg;
 pub mod supervisor;
+pub mod target;
 pub mod umount;
 pub mod unclone;
 
@@ -150,12 +152,18 @@ enum Command {
     /// Free the space of forgotten snapshots
     #[command(after_help = gc::EXAMPLES)]
     Gc(gc::Gc),
+    /// Elect the blocks that VMs share, or show what that is worth
+    #[command(after_help = popular::EXAMPLES)]
+    Popular(popular::Popular),
     /// Check the store for damage
     #[command(after_help = check::EXAMPLES)]
     Check(check::Check),
     /// Show what the store holds and what it saves
     #[command(after_help = stats::EXAMPLES)]
     Stats(stats::Stats),
+    /// List, add or remove the targets of a store: the folders that hold its objects
+    #[command(after_help = target::EXAMPLES)]
+    Target(target::Target),
     /// Make a block device of a snapshot
     #[command(after_help = attach::EXAMPLES)]
     Attach(attach::Attach),
@@ -355,8 +363,10 @@ fn run(args: Vec<OsString>) -> u8 {
         Command::Protect(command) => command.run(true),
         Command::Unprotect(command) => command.run(false),
         Command::Gc(command) => command.run(),
+        Command::Popular(command) => command.run(),
         Command::Check(command) => command.run(),
         Command::Stats(command) => command.run(),
+        Command::Target(command) => command.run(),
         Command::Attach(command) => command.run(),
         Command::Detach(command) => command.run(),
         Command::Reap(command) => command.run(),

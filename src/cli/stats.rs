@@ -5,7 +5,7 @@ use std::ffi::OsString;
 
 use crate::backend::Key;
 use crate::catalog::state::VmState;
-use crate::catalog::vm::log_prefix;
+use crate::catalog::vm::{COMMON_HOME, home_folder, log_prefix};
 use crate::cli::store_arg::{StoreArg, vm_name};
 use crate::cli::{DONE, Outcome, exit_code, output};
 use crate::error::{ErrorKind, Result, not_found};
@@ -77,6 +77,8 @@ struct VmUsage {
 struct Report {
     vms: Vec<VmUsage>,
     total: Usage,
+    /// What VMs share: common packs, popular indexes and their log.
+    common_bytes: u64,
 }
 
 impl Usage {
@@ -145,7 +147,7 @@ impl Stats {
     /// `NotFound` for a VM that is not there, `Unavailable`, `Denied`. Damage is told, and the rest is shown.
     pub fn run(&self) -> Outcome {
         let store = self.store.open()?;
-        let mut report = Report { vms: Vec::new(), total: Usage::default() };
+        let mut report = Report { vms: Vec::new(), total: Usage::default(), common_bytes: common_bytes(&store)? };
         let mut code = DONE;
         let names = match &self.vm {
             Some(vm) => vec![vm_name(vm)?],
@@ -187,6 +189,16 @@ impl Stats {
     }
 }
 
+/// Bytes of what VMs share. Cost: three listings.
+fn common_bytes(store: &Store) -> Result<u64> {
+    let folder = home_folder(COMMON_HOME);
+    let mut bytes = 0;
+    for name in ["packs", "popular", "log"] {
+        bytes += store.backend().list(&Key::new(format!("{folder}/{name}")))?.iter().map(|row| row.bytes).sum::<u64>();
+    }
+    Ok(bytes)
+}
+
 fn as_table(report: &Report) -> String {
     let header = [
         "VM",
@@ -223,5 +235,9 @@ fn as_table(report: &Report) -> String {
     if rows.len() != 1 {
         rows.push(cells("total", &report.total));
     }
-    output::table(&header, &[], &rows)
+    let mut text = output::table(&header, &[], &rows);
+    if report.common_bytes > 0 {
+        text.push_str(&format!("common packs, which VMs share: {}\n", output::size(report.common_bytes)));
+    }
+    text
 }

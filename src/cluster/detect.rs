@@ -211,7 +211,10 @@ pub fn run(setup: &Setup, job: &Job, task: Arc<dyn Task>) -> Result<Report> {
         return Err(invalid(format!("a job has 1 to {JOB_THREADS_MAX} threads, threads={}", setup.threads)));
     }
     if (setup.memory_bytes as u64) < JOB_MEMORY_BYTES_MIN {
-        return Err(invalid(format!("a job needs {JOB_MEMORY_BYTES_MIN} bytes of memory, bytes={}", setup.memory_bytes)));
+        return Err(invalid(format!(
+            "a job needs {JOB_MEMORY_BYTES_MIN} bytes of memory, bytes={}",
+            setup.memory_bytes
+        )));
     }
     let finished = job.finished(&*setup.backend)?;
     let hosts = setup.hosts.as_ref().map_or(1, Hosts::count);
@@ -351,11 +354,11 @@ fn judge_all(shared: &Shared, spill: Option<Spill<ROW_BYTES>>, own: &[u32], outb
             judge_partition(shared, &mut spill, at, *partition, outbox)?;
             shared.counts.partitions.fetch_add(1, Ordering::Relaxed);
         }
-        read_result(&*shared.setup.backend, &shared.job, *partition, task.row_bytes(), &mut |row| {
-            match task.member_of(row) {
-                Some(member) if member.0 < task.members() => outbox.put(shared.worker_of(member), row),
-                _ => Ok(()),
-            }
+        read_result(&*shared.setup.backend, &shared.job, *partition, task.row_bytes(), &mut |row| match task
+            .member_of(row)
+        {
+            Some(member) if member.0 < task.members() => outbox.put(shared.worker_of(member), row),
+            _ => Ok(()),
         })
         .map_err(|e| match e.kind() {
             ErrorKind::Corrupt => e.within("delete the folder of the job and start it again"),

@@ -20,12 +20,16 @@ impl Hosts {
         let mut addresses: Vec<String> = Vec::new();
         for (at, line) in text.trim_end().lines().enumerate() {
             let line = line.trim_end();
-            let port = line.rsplit_once(':').filter(|(host, _)| !host.is_empty() && !host.contains(char::is_whitespace));
+            let port =
+                line.rsplit_once(':').filter(|(host, _)| !host.is_empty() && !host.contains(char::is_whitespace));
             if port.is_none_or(|(_, port)| port.parse::<u16>().map_or(true, |port| port == 0)) {
                 return Err(invalid(format!("hosts file: line {} is no ADDRESS:PORT, found={line:?}", at + 1)));
             }
             if addresses.iter().any(|known| known == line) {
-                return Err(invalid(format!("hosts file: line {} has an address a second time, found={line:?}", at + 1)));
+                return Err(invalid(format!(
+                    "hosts file: line {} has an address a second time, found={line:?}",
+                    at + 1
+                )));
             }
             if addresses.len() >= HOSTS_MAX {
                 return Err(invalid(format!("hosts file: has more than {HOSTS_MAX} hosts")));

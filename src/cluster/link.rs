@@ -242,7 +242,8 @@ impl ReadSide {
         self.whole -= self.given;
         self.given = 0;
         self.pending.extend_from_slice(bytes);
-        while let Some(head) = self.pending.get(self.whole..).and_then(|rest| rest.first_chunk::<MESSAGE_HEAD_BYTES>()) {
+        while let Some(head) = self.pending.get(self.whole..).and_then(|rest| rest.first_chunk::<MESSAGE_HEAD_BYTES>())
+        {
             let length = head.as_chunks::<8>().0.get(4).map_or(0, |bytes| u64::from_be_bytes(*bytes));
             if length > LINK_MESSAGE_BYTES_MAX {
                 return Err(corrupt(format!("sent a message that is too long, bytes={length}")));

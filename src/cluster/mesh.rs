@@ -214,7 +214,10 @@ fn introduce(socket: &mut TcpStream, hosts: &Hosts, agreement: &Agreement, at: u
     }
     write_all(socket, &keyed(key, b"calls", &called, &calls))?;
     called.agrees(agreement, &hosts.name(at))?;
-    Ok(LinkKeys { sends: keyed(key, b"from caller", &called, &calls), receives: keyed(key, b"to caller", &called, &calls) })
+    Ok(LinkKeys {
+        sends: keyed(key, b"from caller", &called, &calls),
+        receives: keyed(key, b"to caller", &called, &calls),
+    })
 }
 
 /// The side that is called. Who it is, and the keys.
@@ -233,8 +236,10 @@ fn welcome(socket: &mut TcpStream, hosts: &Hosts, agreement: &Agreement) -> Resu
         return Err(Error::new(ErrorKind::Denied, "does not know the job's key: another store, or another job"));
     }
     calls.agrees(agreement, &hosts.name(calls.index))?;
-    let keys =
-        LinkKeys { sends: keyed(key, b"to caller", &called, &calls), receives: keyed(key, b"from caller", &called, &calls) };
+    let keys = LinkKeys {
+        sends: keyed(key, b"to caller", &called, &calls),
+        receives: keyed(key, b"from caller", &called, &calls),
+    };
     Ok((calls.index, keys))
 }
 

@@ -100,7 +100,8 @@ mod tests {
 
     #[test]
     fn rows_sort_as_records_do() {
-        let record = |print: u8, member, place| Record { print: Fingerprint([print; 32]), member: Member(member), place };
+        let record =
+            |print: u8, member, place| Record { print: Fingerprint([print; 32]), member: Member(member), place };
         let mut records =
             vec![record(2, 1, 1), record(1, 300, 2), record(1, 2, WANTED), record(1, 2, 255), record(1, 2, 256)];
         let mut rows: Vec<Row> = records.iter().map(|record| record.to_row()).collect();

@@ -49,7 +49,8 @@ impl<const N: usize> Spill<N> {
     /// `Invalid` for a partition that is not there, `NoSpace`, `Unavailable`.
     pub fn add(&mut self, partition: usize, row: &[u8]) -> Result<()> {
         let this = self.partitions.get_mut(partition);
-        let this = this.ok_or_else(|| invalid(format!("row of a partition of another worker, partition={partition}")))?;
+        let this =
+            this.ok_or_else(|| invalid(format!("row of a partition of another worker, partition={partition}")))?;
         this.filling.extend_from_slice(row);
         if this.filling.len() >= self.page_bytes {
             self.file.write_all_at(&this.filling, self.end).map_err(failed)?;

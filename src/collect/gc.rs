@@ -8,22 +8,26 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use roaring::RoaringBitmap;
 use serde::Serialize;
 
 use crate::backend::Key;
+use crate::backend::replicate::Replicated;
 use crate::catalog::record::{Dead, Op, PackEntry};
 use crate::catalog::roots::{parse_root_name, root_key};
 use crate::catalog::state::VmState;
 use crate::catalog::vm::{Vm, home_folder, pack_key, title};
 use crate::collect::compact::{Failure, Source, rewrite};
-use crate::collect::plan::{Plan, Survey, Surveyed, bins, live_of};
+use crate::collect::plan::{Plan, Sharing, Survey, Surveyed, bins, live_of};
 use crate::error::{Error, ErrorKind, Result, busy};
 use crate::name::VmName;
+use crate::pack::Content;
 use crate::pack::index::parse_object_name;
 use crate::pack::reader::Locate;
 use crate::store::Store;
-use crate::store::session::Session;
-use crate::units::{ObjectId, PackNumber, RootId};
+use crate::store::common::group_of;
+use crate::store::session::{PopularView, Session};
+use crate::units::{ObjectId, PackNumber, RootId, SlotId};
 
 /// Bytes of new objects after which the log is told, so that the old ones go and a full disk does not get fuller.
 const MOVE_BYTES: u64 = 256 << 20;
@@ -92,6 +96,10 @@ pub struct GcReport {
     pub recipes_damaged: u64,
     /// Objects that were left alone because they cannot be read.
     pub damaged: Vec<String>,
+    /// Of common packs: slots that nobody refers to and that go with a later collection.
+    pub slots_condemned: u64,
+    /// VMs whose writers must end before more of the common packs can go.
+    pub waiting_for: Vec<String>,
 }
 
 /// How far a collection is.
@@ -180,7 +188,7 @@ fn plan_without_lock(store: &Store, vm: &Arc<Vm>, options: GcOptions) -> Result<
         let state = vm.refresh()?;
         must_be_whole(vm)?;
         tries += 1;
-        match Plan::make(vm, &store.packs(vm), &state, options.exact) {
+        match Plan::make(vm, &store.packs(vm), &state, options.exact, &PopularView::now(store)) {
             Err(e) if e.kind() == ErrorKind::Corrupt && tries < PLAN_TRIES => {
                 if vm.refresh()?.number == state.number {
                     return Err(e);
@@ -247,7 +255,7 @@ fn needed(state: &VmState) -> BTreeSet<Dead> {
 }
 
 /// Every object of a VM that is there, by what its name says, with its bytes. Cost: two listings.
-fn objects_there(vm: &Vm) -> Result<BTreeMap<Dead, u64>> {
+pub(super) fn objects_there(vm: &Vm) -> Result<BTreeMap<Dead, u64>> {
     let folder = |name: &str| vm.backend().list(&Key::new(format!("{}/{name}", home_folder(vm.name()))));
     let packs = folder("packs")?;
     let roots = folder("snapshots")?;
@@ -258,16 +266,16 @@ fn objects_there(vm: &Vm) -> Result<BTreeMap<Dead, u64>> {
 
 /// Objects that should not be there any more.
 #[derive(Debug, Default)]
-struct Left {
+pub(super) struct Left {
     /// The log says that they may be deleted.
-    undeleted: Vec<(Dead, u64)>,
+    pub(super) undeleted: Vec<(Dead, u64)>,
     /// The log does not know them: of writers that died, or of one at work.
-    leaked: Vec<(Dead, u64)>,
+    pub(super) leaked: Vec<(Dead, u64)>,
 }
 
 impl Left {
     /// Cost: two listings, if any can be there.
-    fn find(vm: &Vm, state: &VmState, exact: bool) -> Result<Self> {
+    pub(super) fn find(vm: &Vm, state: &VmState, exact: bool) -> Result<Self> {
         if state.dropping.is_empty() && !exact {
             return Ok(Self::default());
         }
@@ -304,7 +312,7 @@ struct Moving {
 }
 
 /// One run under the write lock.
-struct Collector<'a> {
+pub(super) struct Collector<'a> {
     session: &'a Session,
     vm: Arc<Vm>,
     options: GcOptions,
@@ -322,7 +330,7 @@ struct Collector<'a> {
 }
 
 impl<'a> Collector<'a> {
-    fn new(
+    pub(super) fn new(
         session: &'a Session,
         options: GcOptions,
         bounds: Option<Bounds<'a>>,
@@ -361,12 +369,30 @@ impl<'a> Collector<'a> {
         }
     }
 
+    /// Does what was planned for a home whose leaks and forgotten snapshots are not for us to judge.
+    pub(super) fn run_planned(mut self, state: &VmState, mut plan: Plan, report: &mut GcReport) -> Result<()> {
+        let outcome = self.delete_dropped().and_then(|()| {
+            self.report.tell(&self.vm, &plan);
+            self.drop_dead(state, &plan)?;
+            self.compact(state, &mut plan)
+        });
+        *report = self.report;
+        match outcome {
+            Err(e) if e.kind() == ErrorKind::NoSpace && report.objects_deleted > 0 => {
+                log::warn!("{}: {e}", report.vm);
+                report.no_space = true;
+                Ok(())
+            }
+            done => done,
+        }
+    }
+
     fn collect(&mut self) -> Result<()> {
         // What an earlier run could not delete any more goes first: it makes room.
         self.delete_dropped()?;
         let state = self.vm.state();
         must_be_whole(&self.vm)?;
-        let mut plan = Plan::make(&self.vm, self.session.packs(), &state, self.options.exact)?;
+        let mut plan = Plan::make(&self.vm, self.session.packs(), &state, self.options.exact, self.session.popular())?;
         self.report.tell(&self.vm, &plan);
         self.live_roots.clone_from(&plan.roots.live);
         // Dead packs go before compaction begins, which needs room.
@@ -406,7 +432,9 @@ impl<'a> Collector<'a> {
                 return Err(changed(&self.vm));
             }
             let mut ops = change(state)?;
-            let all_gone = state.dropping.iter().all(|dead| self.deleted.contains(dead));
+            // A target that is away keeps its copies: they are deleted when it is back.
+            let is_whole = self.vm.backend().replicated().is_none_or(Replicated::is_whole);
+            let all_gone = is_whole && state.dropping.iter().all(|dead| self.deleted.contains(dead));
             if !ops.is_empty() && !state.dropping.is_empty() && all_gone {
                 ops.insert(0, Op::Deleted {});
             }
@@ -472,11 +500,13 @@ impl<'a> Collector<'a> {
             if !has_work {
                 continue;
             }
-            let surveyed = match plan.only.take() {
-                Some(surveyed) => surveyed,
-                None => {
+            let surveyed = match (plan.only.take(), &plan.known) {
+                (Some(surveyed), _) => surveyed,
+                (None, Some(live)) => Surveyed::of_known(self.session.packs(), part, live),
+                (None, None) => {
                     let packs = self.session.packs();
                     Surveyed::of(&self.vm, packs, state, part, &plan.roots, exact, &mut plan.exactness)?
+                        .with_forwardable(packs, self.sharing(state))
                 }
             };
             for bin in bins(&surveyed.surveys) {
@@ -523,10 +553,17 @@ impl<'a> Collector<'a> {
                 if place.object != survey.held.object {
                     return Err(changed(&self.vm));
                 }
-                sources.push(Source { place, live, forwards: BTreeMap::new() });
+                let forwards = self.forwards(survey, &live)?;
+                sources.push(Source { place, live, forwards });
             }
             if sources.len() != bin.len() {
                 return Err(changed(&self.vm));
+            }
+            if let ([survey], [source]) = (bin.as_slice(), sources.as_slice())
+                && !survey.with_forwards(source.forwards.len() as u64).is_worth_rewriting()
+            {
+                // The sample had promised more.
+                return Ok(());
             }
             match rewrite(self.session, &sources) {
                 Ok(entries) => {
@@ -541,6 +578,29 @@ impl<'a> Collector<'a> {
             }
         }
         Ok(())
+    }
+
+    fn sharing(&self, state: &VmState) -> Sharing<'_> {
+        Sharing { popular: self.session.popular(), group: group_of(&state.group) }
+    }
+
+    /// Which live slots of an object become forwards.
+    fn forwards(&self, survey: &Survey, live: &[(PackNumber, RoaringBitmap)]) -> Result<BTreeMap<SlotId, SlotId>> {
+        let mut forwards = BTreeMap::new();
+        let is_common = survey.held.object.number.is_common();
+        if survey.content != Content::Data || is_common || !self.session.popular().has_index() {
+            return Ok(forwards);
+        }
+        let sharing = self.sharing(&self.vm.state());
+        for (number, slots) in live {
+            match sharing.forwards(self.session.packs(), *number, slots, 1) {
+                Ok((found, _)) => forwards.extend(found),
+                // Whoever copies its blocks will say what is wrong.
+                Err(e) if e.kind() == ErrorKind::Corrupt => log::debug!("pack {number}: nothing is forwarded: {e}"),
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(forwards)
     }
 
     fn note_moved(&mut self, bin: &[&Survey], entries: Vec<PackEntry>) {

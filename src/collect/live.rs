@@ -7,7 +7,7 @@ use roaring::RoaringTreemap;
 use crate::catalog::hold::holds_prefix;
 use crate::catalog::roots::{read_root, root_key};
 use crate::catalog::state::VmState;
-use crate::catalog::vm::Vm;
+use crate::catalog::vm::{Vm, title};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::tree::{read_group, read_recipe};
 use crate::pack::reader::Packs;
@@ -148,6 +148,36 @@ impl Walk<'_> {
         page.slots |= used.slots;
         page.common |= used.common;
     }
+}
+
+/// The common slots that a VM refers to: through the group pages of every root page that its log has. Forgotten ones
+/// count until they are dropped, which the VM's own collection does when no writer is at work: what a writer takes over
+/// from any of them stays.
+///
+/// Memory: these slots, one bit for each group page. Cost: one read for each root page and each distinct group page.
+///
+/// # Errors
+/// `Corrupt`, naming what cannot be read; `Unavailable`.
+pub fn common_slots(vm: &Vm, packs: &Packs, state: &VmState) -> Result<RoaringTreemap> {
+    if let Some(damage) = vm.damage() {
+        return Err(damage.duplicate());
+    }
+    let mut common = RoaringTreemap::new();
+    let mut seen = RoaringTreemap::new();
+    let roots: BTreeSet<RootId> = state.files.values().map(|f| f.root).chain(state.condemned.keys().copied()).collect();
+    for id in roots {
+        let lost = |e: Error| {
+            let kind = if e.kind() == ErrorKind::NotFound { ErrorKind::Corrupt } else { e.kind() };
+            e.as_kind(kind).within(format!("{}: which common blocks it needs is not known", title(vm.name())))
+        };
+        let root = read_root(&**vm.backend(), vm.name(), state.incarnation, id).map_err(lost)?;
+        for group in &root.groups {
+            if seen.insert(group.page.slot.0) {
+                common |= read_group(packs, &group.page).map_err(lost)?.common;
+            }
+        }
+    }
+    Ok(common)
 }
 
 /// First and last slot that a pack can have.

@@ -1,5 +1,5 @@
-//! COLLECT (G1-G5): forgets snapshots, finds what nobody needs any more, and gives its room back. One VM at a time,
-//! under its write lock; other VMs are never looked at.
+//! COLLECT (G1-G6): forgets snapshots, finds what nobody needs any more, and gives its room back. One VM at a time,
+//! under its write lock; other VMs are never looked at. What VMs share comes after them all (G6).
 //!
 //! ```text
 //!   forget ── a log record (G1)
@@ -16,6 +16,8 @@ pub mod young;
 pub mod protect;
 
 pub mod gc;
+
+pub mod common;
 
 pub mod compact;
 

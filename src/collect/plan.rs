@@ -9,17 +9,25 @@ use crate::catalog::state::VmState;
 use crate::catalog::vm::Vm;
 use crate::collect::live::{Exactness, Roots, Walk, slot_range};
 use crate::error::Result;
-use crate::limits::{PACK_BYTES_MAX, PACK_MEMBERS_MAX};
+use crate::limits::{PACK_BYTES_MAX, PACK_MEMBERS_MAX, SLOT_PAGE_FINGERPRINTS};
 use crate::pack::Content;
 use crate::pack::frame::FrameRow;
-use crate::pack::index::HEADER_BYTES;
-use crate::pack::reader::Packs;
-use crate::units::{ObjectId, PackNumber, SlotId};
+use crate::pack::index::{ForwardRow, HEADER_BYTES};
+use crate::pack::reader::{Packs, read_slot_page};
+use crate::store::common::group_of;
+use crate::store::session::PopularView;
+use crate::units::{ObjectId, PackNumber, SlotId, VmGroup};
 
 /// Slots whose bitmap is held at a time: 4 MiB when dense, 64 MiB in the worst case of many small packs (I8).
 const SLOTS_AT_A_TIME: u64 = 32 << 20;
 
-/// An object is rewritten when at least this share of its frames' bytes is dead.
+/// Of an object with more pages of slot tables than this, one in `PAGES_STEP` tells how much of it is popular.
+const PAGES_ALL_MAX: u64 = 32;
+
+/// See [`PAGES_ALL_MAX`]: popular blocks come in runs, and the exact count comes before anything is written.
+const PAGES_STEP: u32 = 8;
+
+/// An object is rewritten when at least this share of its frames' bytes is dead or forwardable.
 const DEAD_PERCENT_MIN: u64 = 30;
 
 /// Below this share of dead slots the index is not read to see how many bytes they take.
@@ -60,6 +68,12 @@ pub struct Survey {
     pub live_bytes: u64,
     /// Bytes of frames that a rewritten object would have at the most.
     pub bound_bytes: u64,
+    /// Of the live slots, about so many whose blocks are in common packs too.
+    pub forwardable: u64,
+    /// Bytes of frames that these take, about.
+    pub forwardable_bytes: u64,
+    /// Slots that are forwards already, and how many of them are dead.
+    pub forwards: (u64, u64),
     /// Why its index cannot be read, if so: then it stays as it is.
     pub damage: Option<String>,
 }
@@ -70,17 +84,29 @@ impl Survey {
         self.live == 0
     }
 
-    /// Frame bytes that nobody needs.
+    /// Frame bytes that a rewritten object would not have: nobody needs them, or they are in common packs too.
     pub fn dead_bytes(&self) -> u64 {
-        self.frames_bytes.saturating_sub(self.live_bytes)
+        self.frames_bytes.saturating_sub(self.live_bytes) + self.forwardable_bytes
     }
 
-    /// Whether enough of it is dead.
+    /// Whether enough of it is dead or forwardable.
     pub fn is_worth_rewriting(&self) -> bool {
+        let (forwards, dead_forwards) = self.forwards;
+        let in_frames = self.frames_bytes > 0 && self.dead_bytes() * 100 >= self.frames_bytes * DEAD_PERCENT_MIN;
+        // Dead forwards keep common slots alive.
+        let in_forwards = dead_forwards > 0 && dead_forwards * 100 >= forwards * DEAD_PERCENT_MIN;
         self.damage.is_none()
             && !self.is_dead()
-            && self.dead_bytes() * 100 >= self.frames_bytes * DEAD_PERCENT_MIN
-            && self.live < self.slots
+            && (in_frames || in_forwards)
+            && (self.live < self.slots || self.forwardable > 0)
+    }
+
+    /// The same with this many slots that were found forwardable.
+    #[must_use]
+    pub fn with_forwards(&self, found: u64) -> Self {
+        let in_frames = self.live.saturating_sub(self.forwards.0 - self.forwards.1).max(1);
+        let forwardable_bytes = self.live_bytes * found.min(in_frames) / in_frames;
+        Self { forwardable: found, forwardable_bytes, ..self.clone() }
     }
 
     fn is_small(&self) -> bool {
@@ -113,6 +139,62 @@ pub struct Plan {
     pub exactness: Exactness,
     /// The surveyed part with its live slots, when there is only one.
     pub only: Option<Surveyed>,
+    /// What is live, where it is known as a whole: of common packs.
+    pub known: Option<RoaringTreemap>,
+}
+
+/// What tells which blocks are in common packs.
+#[derive(Clone, Copy)]
+pub struct Sharing<'a> {
+    /// The popular set.
+    pub popular: &'a PopularView,
+    /// The group of the VM that is collected.
+    pub group: VmGroup,
+}
+
+impl Sharing<'_> {
+    /// The common slots that hold live blocks of a pack which are in its frames. With `step`, only every so many pages
+    /// of its slot table are looked at. Returns those found, and how many slots were looked at.
+    ///
+    /// Cost: reads these pages, and for each run of hits a page of a common pack.
+    ///
+    /// # Errors
+    /// `Corrupt`, `Unavailable`.
+    pub fn forwards(
+        &self,
+        packs: &Packs,
+        pack: PackNumber,
+        live: &RoaringBitmap,
+        step: u32,
+    ) -> Result<(BTreeMap<SlotId, SlotId>, u64)> {
+        let mut found = BTreeMap::new();
+        let mut seen = 0;
+        let place = packs.locate(pack)?;
+        let index = packs.index(&place)?;
+        let member = index.member(pack)?;
+        for page in (0..member.present_pages()).step_by(step.max(1) as usize) {
+            let page = read_slot_page(&**packs.backend(), &place, member, page)?;
+            // What follows a hit is mostly its neighbour: kept together, runs stay runs.
+            let mut last: Option<SlotId> = None;
+            for (slot, print) in page.slots.iter().zip(&page.fingerprints) {
+                if !live.contains(u32::from(*slot)) {
+                    continue;
+                }
+                seen += 1;
+                let next = last.and_then(|last| last.plus(1)).filter(|next| {
+                    !self.popular.is_condemned(*next)
+                        && self.popular.hints(self.group, print).any(|hint| hint == *next)
+                        && packs.page_of(*next).ok().flatten().and_then(|p| p.fingerprint_of(next.slot()))
+                            == Some(*print)
+                });
+                last = next.or_else(|| self.popular.find(packs, self.group, print));
+                if let Some(target) = last {
+                    found.insert(SlotId::new(pack, *slot), target);
+                }
+            }
+        }
+        Ok((found, seen))
+    }
 }
 
 /// A part whose objects were surveyed.
@@ -130,12 +212,13 @@ impl Plan {
     ///
     /// # Errors
     /// As [`Walk::live_slots`].
-    pub fn make(vm: &Vm, packs: &Packs, state: &VmState, exact: bool) -> Result<Self> {
+    pub fn make(vm: &Vm, packs: &Packs, state: &VmState, exact: bool, popular: &PopularView) -> Result<Self> {
         let mut plan = Self { roots: Roots::of(vm, state)?, ..Self::default() };
         let parts = split(state);
         let count = parts.len();
         for part in parts {
-            let surveyed = Surveyed::of(vm, packs, state, &part, &plan.roots, exact, &mut plan.exactness)?;
+            let mut surveyed = Surveyed::of(vm, packs, state, &part, &plan.roots, exact, &mut plan.exactness)?;
+            surveyed.find_forwardable(packs, Sharing { popular, group: group_of(&state.group) });
             let bins = bins(&surveyed.surveys);
             plan.count(&surveyed.surveys, &bins);
             plan.parts.push((part, !bins.is_empty()));
@@ -144,6 +227,19 @@ impl Plan {
             }
         }
         Ok(plan)
+    }
+
+    /// Plans for the common home, of which it is known what is live. Cost: an index for each object with dead slots.
+    pub fn of_known(packs: &Packs, state: &VmState, live: RoaringTreemap) -> Self {
+        let mut plan = Self::default();
+        for part in split(state) {
+            let surveys: Vec<Survey> = part.iter().map(|held| survey(packs, held, &live)).collect();
+            let bins = bins(&surveys);
+            plan.count(&surveys, &bins);
+            plan.parts.push((part, !bins.is_empty()));
+        }
+        plan.known = Some(live);
+        plan
     }
 
     fn count(&mut self, surveys: &[Survey], bins: &[Vec<usize>]) {
@@ -195,6 +291,46 @@ impl Surveyed {
         exactness.recipes_damaged = exactness.recipes_damaged.max(found.recipes_damaged);
         let surveys = part.iter().map(|held| survey(packs, held, &live)).collect();
         Ok(Self { surveys, live })
+    }
+}
+
+impl Surveyed {
+    /// The same where it is known what is live.
+    pub fn of_known(packs: &Packs, part: &[Held], live: &RoaringTreemap) -> Self {
+        Self { surveys: part.iter().map(|held| survey(packs, held, live)).collect(), live: live.clone() }
+    }
+
+    /// The same, and how much is in common packs too.
+    #[must_use]
+    pub fn with_forwardable(mut self, packs: &Packs, sharing: Sharing<'_>) -> Self {
+        self.find_forwardable(packs, sharing);
+        self
+    }
+
+    /// Finds out how much is in common packs too, by a sample of the slot tables. What cannot be read has nothing.
+    fn find_forwardable(&mut self, packs: &Packs, sharing: Sharing<'_>) {
+        if !sharing.popular.has_index() {
+            return;
+        }
+        let live = &self.live;
+        for survey in self.surveys.iter_mut().filter(|s| s.content == Content::Data && s.live > 0 && s.damage.is_none())
+        {
+            let pages = survey.slots / SLOT_PAGE_FINGERPRINTS as u64;
+            let step = if pages <= PAGES_ALL_MAX { 1 } else { PAGES_STEP };
+            let (mut hits, mut seen) = (0, 0);
+            for entry in &survey.held.packs {
+                match sharing.forwards(packs, entry.number, &live_of(live, entry.number), step) {
+                    Ok((found, looked)) => {
+                        hits += found.len() as u64;
+                        seen += looked;
+                    }
+                    Err(e) => log::debug!("pack {}: nothing is forwarded: {e}", entry.number),
+                }
+            }
+            let in_frames = survey.live - (survey.forwards.0 - survey.forwards.1).min(survey.live);
+            survey.forwardable = in_frames * hits / seen.max(1);
+            survey.forwardable_bytes = survey.live_bytes * hits / seen.max(1);
+        }
     }
 }
 
@@ -251,14 +387,20 @@ fn survey(packs: &Packs, held: &Held, live: &RoaringTreemap) -> Survey {
         frames_bytes,
         live_bytes: frames_bytes * alive.min(slots) / slots.max(1),
         bound_bytes: frames_bytes,
+        forwardable: 0,
+        forwardable_bytes: 0,
+        forwards: (0, 0),
         damage: None,
     };
+    // Only what a collection wrote can have forwards.
+    let may_forward = held.object.generation.0 > 0 && survey.content == Content::Data;
     let dead = slots.saturating_sub(alive);
     if alive > slots {
         survey.damage = Some(format!("{alive} slots are in use, it has {slots}"));
-    } else if alive > 0 && dead * 100 >= slots * DEAD_SLOTS_PERCENT_MIN {
+    } else if alive > 0 && (dead * 100 >= slots * DEAD_SLOTS_PERCENT_MIN || may_forward) {
         match measure(packs, held, live) {
-            Ok((live_bytes, bound_bytes)) => {
+            Ok((live_bytes, bound_bytes, forwards)) => {
+                survey.forwards = forwards;
                 survey.live_bytes = live_bytes;
                 survey.bound_bytes = bound_bytes;
             }
@@ -268,13 +410,18 @@ fn survey(packs: &Packs, held: &Held, live: &RoaringTreemap) -> Survey {
     survey
 }
 
-/// Bytes of live frames: by their live slots, and whole.
-fn measure(packs: &Packs, held: &Held, live: &RoaringTreemap) -> Result<(u64, u64)> {
+/// Bytes of live frames, by their live slots, and whole; forwards, and how many of them are dead.
+fn measure(packs: &Packs, held: &Held, live: &RoaringTreemap) -> Result<(u64, u64, (u64, u64))> {
     let (mut live_bytes, mut bound_bytes) = (0, 0);
+    let mut forwards = (0, 0);
     for entry in &held.packs {
         let place = packs.locate(entry.number)?;
         let index = packs.index(&place)?;
         let slots = live_of(live, entry.number);
+        for slot in index.member(entry.number)?.forwards.iter().flat_map(ForwardRow::slots) {
+            forwards.0 += 1;
+            forwards.1 += u64::from(!slots.contains(u32::from(slot)));
+        }
         for row in &index.member(entry.number)?.frames {
             let count = u64::from(live_mask(row, &slots).count_ones());
             if count > 0 {
@@ -283,7 +430,7 @@ fn measure(packs: &Packs, held: &Held, live: &RoaringTreemap) -> Result<(u64, u6
             }
         }
     }
-    Ok((live_bytes, bound_bytes))
+    Ok((live_bytes, bound_bytes, forwards))
 }
 
 /// Which surveyed objects are rewritten, those of each inner list into one object.
@@ -348,6 +495,9 @@ mod tests {
             frames_bytes,
             live_bytes: frames_bytes * live_percent / 100,
             bound_bytes: frames_bytes * live_percent / 100,
+            forwardable: 0,
+            forwardable_bytes: 0,
+            forwards: (0, 0),
             damage: None,
         }
     }

@@ -288,9 +288,10 @@ fn a_wrong_bitmap_does_not_lose_what_recipes_use() {
     bench.backup("web01/1.img", version(1));
     bench.forget(&["web01/0.img"]);
     let (handle, state) = bench.store.vm(&vm("web01")).unwrap();
-    let plan = Plan::make(&handle, &bench.store.packs(&handle), &state, false).unwrap();
+    let popular = crate::store::session::PopularView::now(&bench.store);
+    let plan = Plan::make(&handle, &bench.store.packs(&handle), &state, false, &popular).unwrap();
     assert_eq!(plan.exactness.bitmaps_wrong, 0);
-    let exact = Plan::make(&handle, &bench.store.packs(&handle), &state, true).unwrap();
+    let exact = Plan::make(&handle, &bench.store.packs(&handle), &state, true, &popular).unwrap();
     assert_eq!(exact.exactness.bitmaps_wrong, 1);
     let live = |plan: &Plan| plan.only.as_ref().map(|s| s.live.len()).unwrap();
     assert_eq!(live(&exact), live(&plan) + 500);

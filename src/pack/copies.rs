@@ -7,7 +7,7 @@ use crate::backend::replicate::Replicated;
 use crate::backend::target::Target;
 use crate::backend::{Backend, Key};
 use crate::error::{Error, ErrorKind, Result, corrupt};
-use crate::pack::index::{HEADER_BYTES, Identity, Member, MemberTail, PackIndex, TRAILER_BYTES};
+use crate::pack::index::{HEADER_BYTES, Member, MemberTail, PackIndex};
 use crate::pack::reader::{ObjectPlace, read_index, read_slot_page};
 
 /// Bytes that are read at a time.
@@ -33,23 +33,6 @@ pub struct Found {
     pub bad: Vec<(Target, Error)>,
     /// Targets that do not answer.
     pub away: Vec<Target>,
-}
-
-/// The identity of a pack object under a key that no log describes, by what it says itself.
-///
-/// # Errors
-/// `NotFound`, `Corrupt`, `Unavailable`.
-pub fn place_of(backend: &dyn Backend, key: &Key) -> Result<ObjectPlace> {
-    let bytes = backend.len(key)?;
-    let start = bytes.checked_sub(TRAILER_BYTES as u64).ok_or_else(|| corrupt(format!("{key}: has no trailer")))?;
-    let mut trailer = [0; TRAILER_BYTES];
-    backend.read(key, start, &mut trailer)?;
-    let within = |e: Error| e.within(key);
-    let tail_bytes = PackIndex::tail_bytes_from_trailer(&trailer).map_err(within)?;
-    let head = trailer.get(..HEADER_BYTES).unwrap_or_default();
-    let identity = Identity::from_header(head).map_err(within)?;
-    let (incarnation, object, content) = (identity.incarnation, identity.object, identity.content);
-    Ok(ObjectPlace { key: key.clone(), incarnation, object, content, bytes, tail_bytes })
 }
 
 /// Proves one copy. Memory: its index, and 4 MiB. Cost: reads what `depth` says.
@@ -152,7 +135,7 @@ pub fn heal(replicated: &Replicated, place: &ObjectPlace) -> Result<u64> {
     let mut healed = 0;
     for (target, why) in &found.bad {
         let outcome = match found.whole.first() {
-            Some(source) => copy_whole(source, target, place),
+            Some(source) => copy_object(source, target, &place.key),
             None => assemble(replicated, target, place),
         };
         match outcome {
@@ -161,20 +144,27 @@ pub fn heal(replicated: &Replicated, place: &ObjectPlace) -> Result<u64> {
                 replicated.is_healed(&place.key, target.id());
                 log::warn!("{}: the bad copy on {} is replaced: {why}", place.key, target.name());
             }
-            Err(e) if e.kind() == ErrorKind::Corrupt && found.whole.is_empty() => return Err(e),
+            Err(e) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::NotFound) && found.whole.is_empty() => {
+                return Err(e.as_kind(ErrorKind::Corrupt));
+            }
             Err(e) => log::warn!("{}: the bad copy on {} stays: {e}", place.key, target.name()),
         }
     }
     Ok(healed)
 }
 
-fn copy_whole(source: &Target, target: &Target, place: &ObjectPlace) -> Result<()> {
-    let mut upload = target.create_over(&place.key)?;
+/// Puts a copy that was proven in the place of a bad one. Memory: 4 MiB.
+///
+/// # Errors
+/// As [`Backend::read`] of the source and [`Backend::create_over`] of the target.
+pub fn copy_object(source: &Target, target: &Target, key: &Key) -> Result<()> {
+    let mut upload = target.create_over(key)?;
+    let end = source.len(key)?;
     let mut offset = 0;
-    while offset < place.bytes {
-        let bytes = (place.bytes - offset).min(BATCH_BYTES);
+    while offset < end {
+        let bytes = (end - offset).min(BATCH_BYTES);
         let mut piece = vec![0; bytes as usize];
-        source.read(&place.key, offset, &mut piece)?;
+        source.read(key, offset, &mut piece)?;
         upload.append(&piece)?;
         offset += bytes;
     }

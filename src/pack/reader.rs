@@ -437,12 +437,7 @@ impl Packs {
                     opened = Some(Arc::new(read));
                     Ok(())
                 };
-                match self.backend.read_checked(
-                    &object.key,
-                    u64::from(place.frame_offset),
-                    &mut stored,
-                    &mut verify,
-                ) {
+                match self.backend.read_checked(&object.key, u64::from(place.frame_offset), &mut stored, &mut verify) {
                     Ok(()) => {}
                     Err(e) if e.kind() == ErrorKind::Corrupt => return Ok(None),
                     Err(e) => return Err(e),

@@ -153,10 +153,31 @@ impl PopularIndex {
     /// `NotFound`, `Corrupt` (also when it is another home's or another epoch's), `Unsupported`, `Unavailable`.
     pub fn read(backend: &dyn Backend, identity: IndexIdentity, memory_bytes_max: usize) -> Result<Self> {
         let key = index_key(identity.epoch);
+        // Its parts have checksums, and one copy of several is enough.
+        let copies = backend.replicated().map(|replicated| replicated.places(&key).homes).unwrap_or_default();
+        for copy in &copies {
+            if let Ok(index) = Self::read_visiting(copy, identity, memory_bytes_max, &mut |_| {}) {
+                return Ok(index);
+            }
+        }
+        Self::read_visiting(backend, identity, memory_bytes_max, &mut |_| {})
+    }
+
+    /// The same, and shows all slots that it leads to, those that do not stay in memory too.
+    ///
+    /// # Errors
+    /// As [`PopularIndex::read`]; then what was shown counts for nothing.
+    pub fn read_visiting(
+        backend: &dyn Backend,
+        identity: IndexIdentity,
+        memory_bytes_max: usize,
+        visit: &mut dyn FnMut(SlotId),
+    ) -> Result<Self> {
+        let key = index_key(identity.epoch);
         let about = |e: Error| e.within(&key);
         let bytes = backend.len(&key).map_err(about)?;
         let mut feed = ObjectFeed { backend, key: &key, bytes, offset: 0, buffer: Vec::new(), at: 0 };
-        let index = Self::take(&mut feed, bytes, memory_bytes_max).map_err(about)?;
+        let index = Self::take(&mut feed, bytes, memory_bytes_max, visit).map_err(about)?;
         if index.identity != identity {
             return Err(corrupt(format!("{key}: belongs to another epoch or another store")));
         }
@@ -168,7 +189,7 @@ impl PopularIndex {
     /// # Errors
     /// `Corrupt`, `Unsupported`.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
-        Self::take(&mut SliceFeed(Reader::new(bytes)), bytes.len() as u64, usize::MAX)
+        Self::take(&mut SliceFeed(Reader::new(bytes)), bytes.len() as u64, usize::MAX, &mut |_| {})
     }
 
     /// The bytes of its object; empty for one that is not in memory as a whole.
@@ -205,7 +226,12 @@ impl PopularIndex {
         })
     }
 
-    fn take(feed: &mut dyn Feed, object_bytes: u64, memory_bytes_max: usize) -> Result<Self> {
+    fn take(
+        feed: &mut dyn Feed,
+        object_bytes: u64,
+        memory_bytes_max: usize,
+        visit: &mut dyn FnMut(SlotId),
+    ) -> Result<Self> {
         let (identity, entries, pack_count) = take_header(feed)?;
         let bits = bucket_bits(entries);
         let buckets = 1_usize << bits;
@@ -261,6 +287,9 @@ impl PopularIndex {
                     match used.get_mut(row.pack as usize) {
                         Some(used) => *used = true,
                         None => return Err(corrupt(format!("popular index: no such pack, pack={}", row.pack))),
+                    }
+                    if let Some(pack) = packs.get(row.pack as usize) {
+                        visit(SlotId::new(pack.pack, row.slot));
                     }
                     if row.tag.is_multiple_of(sampling) {
                         rows.push(*bytes);

@@ -1,5 +1,6 @@
 //! The popular set: blocks that several VMs hold, kept once in common packs. The index that finds them, and the pure
 //! part of the election that chooses them.
 
+pub mod choice;
 pub mod current;
 pub mod index;

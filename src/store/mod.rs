@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::backend::limit::Limited;
 use crate::backend::local::Local;
-use crate::backend::{Backend, Key};
+use crate::backend::{Backend, Guard, Key};
 use crate::catalog::hold::HoldId;
 use crate::catalog::record::Attributes;
 use crate::catalog::roots::{read_root, root_key};
@@ -84,6 +84,8 @@ pub struct Store {
     shares: MemoryShares,
     config: StoreConfig,
     vms: Mutex<HashMap<String, Arc<Vm>>>,
+    // Of a store in one folder: who gives it targets must know that nobody goes on writing to the folder alone.
+    alone: Option<Box<dyn Guard>>,
     common: Arc<Vm>,
     popular: Arc<CurrentIndex>,
 }
@@ -147,14 +149,19 @@ impl Store {
         let home: Arc<dyn Backend> = Arc::new(Local::open(root).map_err(about)?);
         let derived = Some(root.join("derived"));
         let config = config::read_file(&*home).map_err(about)?;
+        // Before the record is read: see `add_target`. A medium without locks has no other hosts either.
+        let alone = home.pin(&Key::new(config::FILE_NAME)).ok();
         // Damage of the one record that is here may be made up for by the targets.
         let has_targets = match config::newest_record(&*home, &config) {
             Ok((_, record)) => !record.targets.is_empty(),
             Err(e) => targets::are_told(&*home, &config).then_some(true).ok_or(e).map_err(about)?,
         };
         if !has_targets {
-            return Self::with_config(home, config, derived, clock, shares).map_err(about);
+            let mut store = Self::with_config(home, config, derived, clock, shares).map_err(about)?;
+            store.alone = alone;
+            return Ok(store);
         }
+        drop(alone);
         let root = std::path::absolute(root).map_err(|e| about(Error::io("its path", e)))?;
         let backend = targets::open_replicated(&root, home, &config, &clock).map_err(about)?;
         Self::with_config(Arc::new(backend), config, derived, clock, shares).map_err(about)
@@ -184,7 +191,18 @@ impl Store {
         let caches = Arc::new(Caches::new(shares.cache_bytes));
         let common = Arc::new(Vm::new(COMMON_HOME, backend.clone(), clock.clone()));
         let popular = Arc::default();
-        Ok(Self { backend, derived, caches, clock, shares, config, vms: Mutex::default(), common, popular })
+        Ok(Self {
+            backend,
+            derived,
+            caches,
+            clock,
+            shares,
+            config,
+            vms: Mutex::default(),
+            common,
+            popular,
+            alone: None,
+        })
     }
 
     /// The same store, whose reading and writing is held to so many bytes a second. To be called before anything else.
@@ -194,6 +212,11 @@ impl Store {
         self.vms = Mutex::default();
         self.common = Arc::new(Vm::new(COMMON_HOME, self.backend.clone(), self.clock.clone()));
         self
+    }
+
+    /// Lets others know no longer that the store is open in one folder: for who gives it targets.
+    pub fn forget_alone(&mut self) {
+        self.alone = None;
     }
 
     /// Where objects are.

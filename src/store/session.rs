@@ -4,8 +4,6 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use roaring::RoaringTreemap;
-
 use crate::backend::{Backend, Guard, Key};
 use crate::catalog::record::{Op, PackEntry};
 use crate::catalog::state::VmState;
@@ -35,13 +33,13 @@ pub struct Session {
     absent: HashSet<PackNumber>,
     similar: Mutex<Option<SimilarityIndex>>,
     group: VmGroup,
-    popular: Popular,
+    popular: PopularView,
     _lock: Box<dyn Guard>,
 }
 
-/// What the writer knows of the popular set. An epoch that comes later it learns of when it begins again: until it ends,
-/// nothing goes that it may refer to (G6).
-struct Popular {
+/// What somebody knows of the popular set. Of an epoch that comes later a writer learns when it begins again: until it
+/// ends, nothing goes that it may refer to (G6).
+pub struct PopularView {
     /// Of the common home; `None` before the first common pack, and where its log is damaged.
     state: Option<Arc<VmState>>,
     current: Arc<CurrentIndex>,
@@ -50,20 +48,58 @@ struct Popular {
     index: OnceLock<Option<Arc<PopularIndex>>>,
 }
 
-impl Popular {
+impl PopularView {
+    /// What is to be known now. Cost: a listing, and what is new in the log of the common home.
+    pub fn now(store: &Store) -> Self {
+        Self::of(store, known_common(store))
+    }
+
+    fn of(store: &Store, state: Option<Arc<VmState>>) -> Self {
+        Self {
+            state,
+            current: store.popular().clone(),
+            backend: store.backend().clone(),
+            memory_bytes_max: store.shares().popular_bytes,
+            index: OnceLock::new(),
+        }
+    }
+
     fn epoch(&self) -> u64 {
         self.state.as_ref().map_or(0, |state| state.popular.epoch)
     }
 
-    fn condemned(&self) -> Option<&RoaringTreemap> {
-        self.state.as_ref().map(|state| &state.popular.condemned.0).filter(|condemned| !condemned.is_empty())
+    /// Whether there are popular blocks: false without any I/O where there never was an election.
+    pub fn has_index(&self) -> bool {
+        self.index().is_some_and(|index| index.entries() > 0)
+    }
+
+    /// Whether a common slot may go soon (G6): nothing new may refer to it.
+    pub fn is_condemned(&self, slot: SlotId) -> bool {
+        let condemned = self.state.as_ref().map(|state| &state.popular.condemned.0);
+        slot.pack().is_common() && condemned.is_some_and(|condemned| condemned.contains(slot.0))
+    }
+
+    /// Common slots that may hold a block of this group and may be referred to: hints. Memory only, but for the index
+    /// when it is first wanted.
+    pub fn hints(&self, group: VmGroup, print: &Fingerprint) -> impl Iterator<Item = SlotId> + '_ {
+        let found: Vec<SlotId> = self.index().iter().flat_map(|index| index.candidates(group, print)).collect();
+        found.into_iter().filter(move |slot| !self.is_condemned(*slot))
+    }
+
+    /// The common slot that holds a block, its slot table says so.
+    pub fn find(&self, packs: &Packs, group: VmGroup, print: &Fingerprint) -> Option<SlotId> {
+        self.hints(group, print).find(|slot| {
+            // A hint that cannot be read is no hint.
+            let page = packs.page_of(*slot).ok().flatten();
+            page.and_then(|page| page.fingerprint_of(slot.slot())).as_ref() == Some(print)
+        })
     }
 
     /// The index of its epoch, loaded when it is first wanted.
     fn index(&self) -> Option<&Arc<PopularIndex>> {
         let load = || {
-            let state = self.state.as_ref().filter(|state| state.popular.epoch > 0)?;
-            let identity = IndexIdentity { incarnation: state.incarnation, epoch: Epoch(state.popular.epoch) };
+            let state = self.state.as_ref().filter(|state| state.popular.index > 0)?;
+            let identity = IndexIdentity { incarnation: state.incarnation, epoch: Epoch(state.popular.index) };
             self.current.get(&*self.backend, identity, self.memory_bytes_max)
         };
         self.index.get_or_init(load).as_ref()
@@ -120,13 +156,7 @@ impl Session {
             absent.extend(absent_packs(store.common_home())?);
         }
         let group = group_of(&vm.state().group);
-        let popular = Popular {
-            state,
-            current: store.popular().clone(),
-            backend: store.backend().clone(),
-            memory_bytes_max: store.shares().popular_bytes,
-            index: OnceLock::new(),
-        };
+        let popular = PopularView::of(store, state);
         Ok(Self {
             vm: vm.clone(),
             packs: store.packs(vm),
@@ -227,19 +257,12 @@ impl Session {
 
     /// W6: the common slots that may hold the block of a fingerprint: hints. Memory only.
     pub fn popular_hints(&self, print: &Fingerprint) -> Vec<SlotId> {
-        let Some(index) = self.popular.index() else { return Vec::new() };
-        let found = index.candidates(self.group, print);
-        found.filter(|slot| !self.is_condemned(*slot) && !self.is_absent(slot.pack())).collect()
+        self.popular.hints(self.group, print).filter(|slot| !self.is_absent(slot.pack())).collect()
     }
 
-    /// Whether anything popular is known.
-    pub fn has_popular(&self) -> bool {
-        self.popular.index().is_some_and(|index| index.entries() > 0)
-    }
-
-    /// Whether a common slot may go soon (G6): nothing new may refer to it.
-    pub fn is_condemned(&self, slot: SlotId) -> bool {
-        slot.pack().is_common() && self.popular.condemned().is_some_and(|condemned| condemned.contains(slot.0))
+    /// What it knows of the popular set.
+    pub fn popular(&self) -> &PopularView {
+        &self.popular
     }
 
     /// The page of a slot table around a slot, for matching: without what may not be referred to.
@@ -249,7 +272,7 @@ impl Session {
         }
         // A hint that cannot be read is no hint.
         let page = self.packs.page_of(slot).ok().flatten()?;
-        let is_condemned = |slot: &u16| self.is_condemned(SlotId::new(page.pack, *slot));
+        let is_condemned = |slot: &u16| self.popular.is_condemned(SlotId::new(page.pack, *slot));
         if !page.pack.is_common() || !page.slots.iter().any(is_condemned) {
             return Some(page);
         }

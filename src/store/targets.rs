@@ -75,7 +75,10 @@ pub fn check_replicas(replicas: Replicas, targets: usize) -> Result<()> {
         }
     }
     if replicas.quorum > replicas.vm {
-        return Err(invalid(format!("quorum: {}, with {} VM replicas it is at most that", replicas.quorum, replicas.vm)));
+        return Err(invalid(format!(
+            "quorum: {}, with {} VM replicas it is at most that",
+            replicas.quorum, replicas.vm
+        )));
     }
     Ok(())
 }
@@ -90,7 +93,9 @@ pub fn parse_url(url: &str) -> Result<PathBuf> {
         None => PathBuf::from(url),
         Some(("file", path)) if path.starts_with('/') => PathBuf::from(decoded(path).ok_or_else(|| wrong("bad %"))?),
         Some(("file", _)) => return Err(wrong("is not of the form file:///PATH")),
-        Some((scheme, _)) => return Err(unsupported(format!("target {url:?}: targets of {scheme}: are not known here"))),
+        Some((scheme, _)) => {
+            return Err(unsupported(format!("target {url:?}: targets of {scheme}: are not known here")));
+        }
     };
     if path.as_os_str().is_empty() {
         return Err(wrong("has no path"));
@@ -338,7 +343,7 @@ impl Refill {
         let (_, record) = config::newest_record(replicated, store.config())?;
         let mut layout = (*replicated.layout()).clone();
         let mut refills = Vec::new();
-        for (target, _) in &mut layout.targets {
+        for (target, _) in layout.targets.iter_mut().filter(|(_, leaving)| !leaving) {
             let Some(row) = record.targets.iter().find(|row| TargetId(row.id) == target.id()) else { continue };
             if target.is_there() {
                 continue;

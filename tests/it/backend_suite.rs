@@ -12,6 +12,7 @@ use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
 use snapfs::backend::local::Local;
+use snapfs::backend::placement::Copies;
 use snapfs::backend::testing::{Fault, Faulty, Memory, Operation, Recorder, Scope};
 use snapfs::backend::{Backend, Key, Listed};
 use snapfs::error::{ErrorKind, Result};
@@ -50,6 +51,17 @@ fn faulty_that_never_fires() -> Place {
     let Place { first, second, _folder } = memory();
     let wrap = |inner| Arc::new(Faulty::new(inner, Fault::CutBefore, usize::MAX));
     Place { first: wrap(first), second: wrap(second), _folder }
+}
+
+/// Three copies of everything, as two processes see them.
+fn replicated() -> Place {
+    let memories: Vec<Memory> = (0..4).map(|_| Memory::new()).collect();
+    let open = || {
+        let backends: Vec<Arc<dyn Backend>> =
+            memories.iter().map(|m| Arc::new(m.clone()) as Arc<dyn Backend>).collect();
+        Arc::new(crate::targets::replicated(backends, Copies { vm: 3, common: 3, quorum: 0 }))
+    };
+    Place { first: open(), second: open(), _folder: None }
 }
 
 fn key(text: &str) -> Key {
@@ -117,6 +129,38 @@ fn a_taken_key_is_not_replaced(place: &Place) {
     assert_eq!(one.read_all(&key("a/b"), 10).unwrap(), b"first");
     assert_eq!(one.read_all(&key("a/c"), 10).unwrap(), b"quick");
     assert_eq!(names(&one.list(&key("a")).unwrap()), ["b", "c"]);
+}
+
+fn a_copy_is_replaced_only_when_that_is_asked_for(place: &Place) {
+    let (one, two) = (&*place.first, &*place.second);
+    one.put_new(&key("a/b"), b"first").unwrap();
+    two.read(&key("a/b"), 0, &mut [0]).unwrap();
+    if one.replicated().is_some() {
+        // It has copies, and knows which of them to replace.
+        assert_fails(one.create_over(&key("a/b")), ErrorKind::Unsupported);
+        return;
+    }
+    let mut upload = one.create_over(&key("a/b")).unwrap();
+    upload.append(b"second").unwrap();
+    assert_eq!(two.read_all(&key("a/b"), 10).unwrap(), b"first");
+    upload.finish().unwrap();
+    one.tidy();
+    two.tidy();
+    for backend in [one, two] {
+        let mut out = [0; 6];
+        backend.read(&key("a/b"), 0, &mut out).unwrap();
+        assert_eq!(&out, b"second");
+    }
+    let mut upload = one.create_over(&key("a/new")).unwrap();
+    upload.append(b"x").unwrap();
+    drop(upload);
+    assert_fails(one.len(&key("a/new")), ErrorKind::NotFound);
+    let refuse = &mut |bytes: &[u8]| match bytes {
+        b"second" => Ok(()),
+        _ => Err(snapfs::error::corrupt("other")),
+    };
+    one.read_all_checked(&key("a/b"), 10, refuse).unwrap();
+    assert_fails(one.read_checked(&key("a/b"), 1, &mut [0; 2], refuse), ErrorKind::Corrupt);
 }
 
 fn of_racing_writers_one_wins(place: &Place) {
@@ -416,11 +460,12 @@ macro_rules! suite {
 }
 
 suite! {
-    local, local_without_tmpfile, memory, recorder, faulty_that_never_fires;
+    local, local_without_tmpfile, memory, recorder, faulty_that_never_fires, replicated;
     [
         what_is_put_is_read,
         an_empty_object_is_an_object,
         a_taken_key_is_not_replaced,
+        a_copy_is_replaced_only_when_that_is_asked_for,
         of_racing_writers_one_wins,
         an_upload_is_invisible_until_it_is_finished,
         a_dropped_upload_leaves_nothing,

@@ -183,7 +183,9 @@ fn a_vm_has_all_its_disks_or_none_and_rounds_change_nothing() {
 fn a_source_that_changes_is_never_mixed() {
     let place = Place::new();
     let images = family(2);
-    let jobs: String = (0..2).map(|vm| format!("vm{vm}/1.img\t{}\n", place.write(&format!("vm{vm}"), &images[vm]).display())).collect();
+    let jobs: String = (0..2)
+        .map(|vm| format!("vm{vm}/1.img\t{}\n", place.write(&format!("vm{vm}"), &images[vm]).display()))
+        .collect();
     let changed: Vec<u8> = noise(77, images[0].len());
     let (path, bytes) = (place.path("vm0"), changed.clone());
     let once = AtomicBool::new(false);
@@ -332,7 +334,8 @@ fn a_killed_process_is_made_good_by_starting_again() {
         let children: Vec<_> =
             (0..3).map(|index| start(&place, index, if index == 1 { end } else { "" }, &hosts)).collect();
         let mut children = children.into_iter();
-        let (mut first, mut killed, mut third) = (children.next().unwrap(), children.next().unwrap(), children.next().unwrap());
+        let (mut first, mut killed, mut third) =
+            (children.next().unwrap(), children.next().unwrap(), children.next().unwrap());
         assert!(!killed.wait().unwrap().success(), "{end}: it did not die");
         for survivor in [&mut first, &mut third] {
             if matches!(end, "scan" | "detect" | "link") {
@@ -353,7 +356,8 @@ fn a_killed_process_is_made_good_by_starting_again() {
             assert_restored(&place, &[(name, &images[vm])]);
         }
         run_all(&place, "", &hosts);
-        let named: Vec<_> = images.iter().enumerate().map(|(vm, image)| (format!("vm{vm}/1.img"), &image[..])).collect();
+        let named: Vec<_> =
+            images.iter().enumerate().map(|(vm, image)| (format!("vm{vm}/1.img"), &image[..])).collect();
         assert_restored(&place, &named);
         assert_eq!(place.snapshots(), named.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>());
         let stored = place.stored();

@@ -12,7 +12,7 @@ use snapfs::clock::{Clock, SystemClock};
 use crate::whole::{Disk, Loop, MIB, Place, eventually, image, need_loop, need_tools, same, signal};
 use crate::world::noise;
 
-const COMMANDS: [&str; 24] = [
+const COMMANDS: [&str; 25] = [
     "init",
     "mount",
     "umount",
@@ -27,6 +27,7 @@ const COMMANDS: [&str; 24] = [
     "gc",
     "check",
     "stats",
+    "target",
     "settings",
     "files",
     "attach",

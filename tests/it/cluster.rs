@@ -71,9 +71,12 @@ fn oracle(rules: &Rules) -> BTreeSet<Vec<u8>> {
     for member in 0..rules.members {
         for n in 0..rules.records {
             let (print, place) = rules.record(member, n);
-            let (slots, wanted) =
-                by_print.entry((print, rules.group(member))).or_default().entry(member).or_default();
-            if place & WANTED == 0 { slots.insert(place) } else { wanted.insert(place & !WANTED) };
+            let (slots, wanted) = by_print.entry((print, rules.group(member))).or_default().entry(member).or_default();
+            if place & WANTED == 0 {
+                slots.insert(place)
+            } else {
+                wanted.insert(place & !WANTED)
+            };
         }
     }
     let mut rows = BTreeSet::new();
@@ -224,7 +227,8 @@ fn more_records_than_memory_are_sorted_on_disk() {
     let scratch = tempfile::tempdir().unwrap();
     let task = test(rules, End::Never);
     // 26 MB of rows in one partition, 1 MiB of memory.
-    let report = run(&setup(backend.clone(), scratch.path(), 1, 1 << 20), &job(&*backend, &rules, 1), task.clone()).unwrap();
+    let report =
+        run(&setup(backend.clone(), scratch.path(), 1, 1 << 20), &job(&*backend, &rules, 1), task.clone()).unwrap();
     assert!(report.spilled_bytes > 25_000_000, "{report:?}");
     assert_eq!(verdicts(task.got.take()), oracle(&rules));
 }
@@ -293,15 +297,21 @@ fn process_of_a_job() {
     let index = index.parse().unwrap();
     let backend: Arc<dyn Backend> = Arc::new(Local::open(&folder).unwrap());
     let hosts = Hosts::parse(&hosts.join("\n"), index).unwrap();
-    let patience = Patience { silence: Duration::from_secs(silence.parse().unwrap()), ..setup(backend.clone(), &folder, 1, 0).patience };
+    let patience = Patience {
+        silence: Duration::from_secs(silence.parse().unwrap()),
+        ..setup(backend.clone(), &folder, 1, 0).patience
+    };
     let setup = Setup { hosts: Some(hosts), patience, ..setup(backend.clone(), &folder, 2, 2 << 20) };
     let task = test(RULES, end);
     let outcome = run(&setup, &job(&*backend, &RULES, PARTITIONS), task.clone());
     let rows = task.got.take().concat();
-    std::fs::write(folder.join(format!("outcome.{index}")), match outcome {
-        Ok(report) => format!("ok {report:?}"),
-        Err(e) => format!("{:?} {e}", e.kind()),
-    })
+    std::fs::write(
+        folder.join(format!("outcome.{index}")),
+        match outcome {
+            Ok(report) => format!("ok {report:?}"),
+            Err(e) => format!("{:?} {e}", e.kind()),
+        },
+    )
     .unwrap();
     std::fs::write(folder.join(format!("verdicts.{index}")), rows).unwrap();
 }

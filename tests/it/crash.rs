@@ -15,9 +15,12 @@ use snapfs::backend::Backend;
 use snapfs::backend::testing::{Fault, Faulty, Memory};
 use snapfs::catalog::record::{Changes, Op, Target};
 use snapfs::clock::{ManualClock, Timestamp};
+use snapfs::collect::common::collect_common;
 use snapfs::collect::forget::{forget, forget_by_rules};
+use snapfs::collect::gc::{GcOptions, collect_vm};
 use snapfs::collect::keep::Rules;
 use snapfs::collect::protect::protect;
+use snapfs::elect::run::{ElectOptions, elect};
 use snapfs::error::{Error, ErrorKind, Result};
 use snapfs::fs::MountedStore;
 use snapfs::fs::types::{Caller, Ino, Options, ROOT};
@@ -223,6 +226,77 @@ fn the_backup_of_a_first_image() {
 fn the_backup_of_a_changed_image() {
     let (scene, b) = Scene::of_a_backup();
     scene.enumerate(|store, _| backed_up(store, "vm/b.img", &b));
+}
+
+/// Three VMs that share a run of blocks, each with some of its own.
+fn sharing(scene: &mut Scene) -> Vec<Vec<u8>> {
+    let images: Vec<Vec<u8>> = (0..3)
+        .map(|number| {
+            let mut bytes = image(50 + number, &[(60, 4)]);
+            bytes[4096..][..40 * 4096].copy_from_slice(&noise(77, 40 * 4096));
+            bytes
+        })
+        .collect();
+    for (vm, bytes) in ["a", "b", "c"].into_iter().zip(&images) {
+        put(&scene.store(), &format!("{vm}/1.img"), bytes).unwrap();
+    }
+    let rows = [("a/", &[][..]), ("a/1.img", &images[0]), ("b/", &[]), ("b/1.img", &images[1]), ("c/", &[])];
+    scene.states = vec![scene.with(&[&rows[..], &[("c/1.img", &images[2][..])]].concat())];
+    images
+}
+
+fn elected(store: &Store) -> Result<()> {
+    elect(store, ElectOptions::default(), &mut |_| {}).map(drop)
+}
+
+#[test]
+fn an_election() {
+    let mut scene = Scene::new();
+    sharing(&mut scene);
+    scene.enumerate(|store, _| elected(store));
+}
+
+#[test]
+fn a_collection_that_forwards() {
+    let mut scene = Scene::new();
+    sharing(&mut scene);
+    elected(&scene.store()).unwrap();
+    scene.enumerate(|store, _| collect_all(store, false).map(drop));
+}
+
+#[test]
+fn a_backup_that_refers_to_common_packs() {
+    let mut scene = Scene::new();
+    let images = sharing(&mut scene);
+    elected(&scene.store()).unwrap();
+    let before = scene.states.remove(0);
+    let mut last = before.clone();
+    last.insert("d/".to_owned(), Arc::default());
+    let made = last.clone();
+    last.insert("d/1.img".to_owned(), Arc::new(images[0].clone()));
+    scene.states = vec![before, made, last];
+    scene.reach = 2;
+    scene.enumerate(|store, _| backed_up(store, "d/1.img", &images[0]));
+}
+
+#[test]
+fn the_collection_of_common_packs() {
+    let mut scene = Scene::new();
+    sharing(&mut scene);
+    elected(&scene.store()).unwrap();
+    collect_all(&scene.store(), false).unwrap();
+    forget(&scene.store(), &[name("a/1.img"), name("b/1.img"), name("c/1.img")]).unwrap();
+    scene.states = vec![scene.with(&[("a/", &[]), ("b/", &[]), ("c/", &[])])];
+    for vm in ["a", "b", "c"] {
+        collect_vm(&scene.store(), &VmName::new(vm).unwrap(), GcOptions::default(), &mut |_| {}).unwrap();
+    }
+    elected(&scene.store()).unwrap();
+    scene.enumerate(|store, _| {
+        for _ in 0..2 {
+            collect_common(store, GcOptions::default(), &mut |_| {})?;
+        }
+        Ok(())
+    });
 }
 
 fn tree(store: &Arc<Store>) -> Arc<MountedStore> {

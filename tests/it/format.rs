@@ -7,6 +7,7 @@ use std::fmt::Debug;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use snapfs::backend::placement::{Copies, Scope, TargetId};
 use snapfs::backend::testing::Memory;
 use snapfs::backend::{Backend, Key};
 use snapfs::catalog::hold::{Hold, HoldId, hold_key};
@@ -36,7 +37,8 @@ use snapfs::popular::index::{
     IndexBuilder, IndexIdentity, POPULAR_ENTRY_BYTES, POPULAR_HEADER_BYTES, POPULAR_PACK_BYTES, PopularIndex, index_key,
 };
 use snapfs::recipe::{Extent, GroupPage, GroupRef, Place, Recipe, RootPage, SlotSet, Tally};
-use snapfs::store::config::{self, ConfigRecord, Settings, StoreConfig};
+use snapfs::store::config::{self, ConfigRecord, Replicas, Settings, StoreConfig, TargetRow};
+use snapfs::store::targets::TargetFile;
 use snapfs::store::{MemoryShares, Store};
 use snapfs::units::{Epoch, Generation, Incarnation, ObjectId, RecordNumber, Serial, SlotId, VmGroup};
 use snapfs::wire::{decode, encode};
@@ -327,10 +329,38 @@ fn the_configuration_is_as_written() {
     assert_eq!(store_config().to_text().unwrap(), snapfs_toml());
     assert_eq!(StoreConfig::parse(snapfs_toml().as_bytes()).unwrap(), store_config());
     let settings = Settings { min_age_seconds: 7 * 86400 };
-    let record = ConfigRecord { store: STORE.into(), time: BEGAN, settings };
+    let record = ConfigRecord {
+        store: STORE.into(),
+        time: BEGAN,
+        settings,
+        targets: Vec::new(),
+        replicas: Replicas::default(),
+        moving: false,
+    };
     same("config-record", &envelop(ObjectKind::Config, &encode(&record)));
     let object = block("config-record");
     assert_eq!(decode::<ConfigRecord>(open_envelope(ObjectKind::Config, &object).unwrap()).unwrap(), record);
+    let row = TargetRow { id: [0x11; 16], path: "/mnt/a".into(), medium: 0x0102_0304, leaving: true };
+    let replicas = Replicas { vm: 2, common: 3, quorum: 0 };
+    let record = ConfigRecord { targets: vec![row], replicas, moving: true, ..record };
+    same("config-targets", &envelop(ObjectKind::Config, &encode(&record)));
+    let file = TargetFile::new(STORE, TargetId([0x11; 16]));
+    let text = file.to_text().unwrap();
+    assert!(PAGE.contains(&text), "{text}");
+}
+
+#[test]
+fn the_places_of_a_vm_are_as_written() {
+    let targets: Vec<TargetId> = [0x11, 0x22, 0x33].map(|byte| TargetId([byte; 16])).to_vec();
+    let copies = Copies { vm: 2, common: 3, quorum: 0 };
+    let told = |key: &str| {
+        let places = Scope::of(key).places(&targets, copies);
+        places.iter().map(|at| format!("{:02x}", targets[*at].0[0])).collect::<Vec<_>>().join(", ")
+    };
+    for (key, what) in [("vms/web01/log", "`web01`"), ("vms/db02/log", "`db02`")] {
+        let row = format!("| {what} | {} |", told(key));
+        assert!(PAGE.contains(&row), "{row}");
+    }
 }
 
 #[test]
@@ -371,7 +401,7 @@ fn every_op_is_as_written() {
         ("op-deleted", Op::Deleted {}),
         ("op-join", Op::Join { host: "host1".into(), process: 4242 }),
         ("op-bring", Op::Bring { group: VmGroup::default(), packs: vec![brought] }),
-        ("op-publish", Op::Publish { epoch: 1, condemned: SlotSet([SlotId::new(COMMON_PACK, 0).0].into()) }),
+        ("op-publish", Op::Publish { epoch: 1, index: 1, condemned: SlotSet([SlotId::new(COMMON_PACK, 0).0].into()) }),
         ("op-fence", Op::Fence { before: RecordNumber(2) }),
         ("op-group", Op::Group { name: "tenant".into() }),
     ];

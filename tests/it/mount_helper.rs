@@ -118,8 +118,15 @@ macro_rules! need_host {
     };
 }
 
-const UNITS: [&str; 5] =
-    ["snapfs@.service", "snapfs-check@.service", "snapfs-check@.timer", "snapfs-prune@.service", "snapfs-prune@.timer"];
+const UNITS: [&str; 7] = [
+    "snapfs@.service",
+    "snapfs-check@.service",
+    "snapfs-check@.timer",
+    "snapfs-prune@.service",
+    "snapfs-prune@.timer",
+    "snapfs-elect@.service",
+    "snapfs-elect@.timer",
+];
 
 /// The helper itself, as mount(8) would call it.
 fn helper(place: &Place, name: &str, words: &[&str]) -> Done {

@@ -240,6 +240,13 @@ impl Place {
         Running { command: format!("snapfs {words}"), child: Some(command.spawn().unwrap()) }
     }
 
+    /// Starts a line of shell in the folder.
+    pub fn start_shell(&self, line: &str) -> Running {
+        let mut command = self.command("sh");
+        command.args(["-c", line]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+        Running { command: line.to_owned(), child: Some(command.spawn().unwrap()) }
+    }
+
     /// Runs a line of shell in the folder.
     pub fn shell(&self, line: &str) -> Done {
         let output = self.command("sh").args(["-c", line]).output().unwrap();

@@ -55,7 +55,7 @@ finish() {
 # The work folder, for this lab alone, with the tools of this machine that all steps need: `prepare`.
 prepare() {
     [ "$(id -u)" -eq 0 ] || give_up "this lab makes file systems with owners: run it as root"
-    tools mmdebstrap:mmdebstrap cpio:cpio mke2fs:e2fsprogs sfdisk:fdisk flock:util-linux fusermount3:fuse3
+    tools mmdebstrap:mmdebstrap cpio:cpio mke2fs:e2fsprogs sfdisk:fdisk flock:util-linux
     mkdir -p "$work"
     work=$(cd "$work" && pwd)
     exec 9>"$work/lock"

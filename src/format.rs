@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn what_is_newer_is_refused_by_name() {
-        for (at, value, name) in [(10, 2u8, "version 2"), (13, 4, "bits=0x400"), (8, 9, "kind=9")] {
+        for (at, value, name) in [(10, 2u8, "version 2"), (13, 4, "bits=0x400"), (8, 99, "kind=99")] {
             let mut newer = preamble(ObjectKind::Root);
             newer[at] = value;
             let checksum = short(b"snapfs object", &[&newer, &0u64.to_le_bytes(), b""]);

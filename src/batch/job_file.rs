@@ -30,7 +30,7 @@ pub fn parse(text: &[u8], hosts: usize) -> Result<Vec<JobLine>> {
     let mut rows = Vec::new();
     let mut names = BTreeSet::new();
     let mut told: BTreeMap<String, usize> = BTreeMap::new();
-    for (at, line) in text.trim_end_matches('\n').split('\n').enumerate() {
+    for (at, line) in text.strip_suffix('\n').unwrap_or(text).split('\n').enumerate() {
         let number = at + 1;
         let wrong = |what: &str| invalid(format!("job file: line {number}: {what}"));
         if rows.len() >= BATCH_LINES_MAX {

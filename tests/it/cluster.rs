@@ -66,8 +66,11 @@ fn judged(holders: &[Holder]) -> Vec<Vec<u8>> {
         .collect()
 }
 
+/// Slots and wanted positions of each member.
+type ByMember = BTreeMap<u32, (BTreeSet<u64>, BTreeSet<u64>)>;
+
 fn oracle(rules: &Rules) -> BTreeSet<Vec<u8>> {
-    let mut by_print: BTreeMap<(Fingerprint, u32), BTreeMap<u32, (BTreeSet<u64>, BTreeSet<u64>)>> = BTreeMap::new();
+    let mut by_print: BTreeMap<(Fingerprint, u32), ByMember> = BTreeMap::new();
     for member in 0..rules.members {
         for n in 0..rules.records {
             let (print, place) = rules.record(member, n);

@@ -479,11 +479,11 @@ fn a_host_that_does_not_come_up_is_named() {
     let told = waited.clone();
     let setup = Setup {
         hosts: Some(Hosts::parse(&world.hosts.join("\n"), 0).unwrap()),
-        patience: Patience { start: Duration::from_millis(300), silence: Duration::from_secs(3600) },
+        patience: Patience { start: Duration::from_millis(1500), silence: Duration::from_secs(3600) },
         progress: Arc::new(move |progress| told.add(progress)),
         ..setup(backend.clone(), scratch.path(), 1, 2 << 20)
     };
     let error = run(&setup, &job(&*backend, &rules, 4), test(rules, End::Never)).unwrap_err();
-    assert!(error.to_string().contains(&format!("did not come up within 0 s: host 1 ({})", world.hosts[1])), "{error}");
+    assert!(error.to_string().contains(&format!("did not come up within 1 s: host 1 ({})", world.hosts[1])), "{error}");
     assert_eq!(waited.take(), [Progress::Waiting(format!("host 1 ({})", world.hosts[1]))]);
 }

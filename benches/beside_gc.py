@@ -82,6 +82,8 @@ def main():
               f"gc and backup {time.monotonic() - began:.2f} s", flush=True)
         if is_counted:
             rates[beside].append(rate)
+    if not rates[True]:
+        sys.exit("gc was always done before: give it more with --mib")
     alone, beside = (statistics.median(rates[key]) for key in (False, True))
     print(f"medians: alone {alone:.0f} MB/s, beside gc {beside:.0f} MB/s: {beside / alone:.3f}")
 

@@ -46,6 +46,7 @@ use snapfs::image::tree::{read_group, read_recipe};
 use snapfs::ingest::backup::{BackupOptions, backup};
 use snapfs::ingest::source::Source;
 use snapfs::name::{SnapshotName, VmName};
+use snapfs::store::session::PopularView;
 use snapfs::store::{MemoryShares, Store};
 
 const SNAPSHOTS: u64 = 10;
@@ -299,7 +300,7 @@ fn child(words: &[String]) {
             let (vm, state) = store.vm(&vm_name).unwrap();
             let mut after = (*state).clone();
             after.files.retain(|_, file| !is_gone(file));
-            let plan = Plan::make(&vm, &store.packs(&vm), &after, false).unwrap();
+            let plan = Plan::make(&vm, &store.packs(&vm), &after, false, &PopularView::now(&store)).unwrap();
             let live = plan.only.as_ref().expect("one part").live.clone();
             let took = (began.elapsed().as_secs_f64(), counting.bytes.load(Relaxed), counting.calls.load(Relaxed));
             let peak = memory("VmHWM").saturating_sub(base);

@@ -4,8 +4,8 @@
     forget_peers.py prepare DATA WORK [--vms N] [--days N] [--snapfs PROGRAM]
     forget_peers.py measure DATA WORK [--vms N] [--days N] [--snapfs PROGRAM]
 
-DATA has images as vmNN/dayDD.img. `prepare` puts them into a store of each tool; `measure` deletes the oldest snapshot of
-each VM, one after the other, with the page cache dropped before each, and prints the time of each deletion and the bytes
+DATA has images as vmNN/dayDD.img. `prepare` puts them into a store of each tool; `measure` deletes all
+snapshots but the newest of each VM, the oldest first, with the page cache dropped before each, and prints the time of each deletion and the bytes
 that it gave back. Of snapfs it prints, too, what part of the dead bytes was freed: of those in packs that are dead as a
 whole or of which 30 % or more is dead, and of all. What is dead is what `gc --exact --dry-run` finds.
 """
@@ -65,7 +65,8 @@ class Snapfs:
         freed = before - used(self.store)
         worth = sum(v["bytes_reclaimed"] for v in plan)
         left = sum(v["bytes_reclaimable_left"] for v in plan)
-        return took, freed, f"{freed / worth:.3f} of the dead bytes worth it, {freed / (worth + left):.3f} of all"
+        of_worth = f"{freed / worth:.3f}" if worth > 100_000 else "nothing there"
+        return took, freed, f"of dead bytes worth it ({worth / 1e6:.1f} MB): {of_worth}; of all ({(worth + left) / 1e6:.1f} MB): {freed / max(worth + left, 1):.3f}"
 
 
 class Restic:
@@ -135,10 +136,10 @@ def main():
     print("| tool | deletion | seconds | freed, MB | |\n|---|---|---|---|---|")
     for tool in tools:
         rows = []
-        for vm in vms:
-            took, freed, note = tool.delete(vm, days[0])
+        for day, vm in ((day, vm) for day in days[:-1] for vm in vms):
+            took, freed, note = tool.delete(vm, day)
             rows.append(took)
-            print(f"| {tool.name} | {vm}/{days[0]} | {took:.2f} | {freed / 1e6:.1f} | {note} |", flush=True)
+            print(f"| {tool.name} | {vm}/{day} | {took:.2f} | {freed / 1e6:.1f} | {note} |", flush=True)
         medians[tool.name] = statistics.median(rows)
     ours = medians.pop("snapfs")
     for name, median in medians.items():

@@ -289,6 +289,9 @@ fn as_table(shown: &Shown) -> String {
     text
 }
 
+/// What a line of the drawing shows of a point.
+type Value = fn(&Point) -> Option<f64>;
+
 /// Draws coverage, prediction and saved duplicates over the share of popular blocks, which goes logarithmically.
 fn write_plot(path: &Path, shown: &Shown) -> Result<()> {
     let (left, top, width, height) = (60.0, 40.0, 560.0, 320.0);
@@ -322,10 +325,10 @@ fn write_plot(path: &Path, shown: &Shown) -> Result<()> {
     svg.push_str(
         "<text x=\"340\" y=\"400\" text-anchor=\"middle\">popular blocks, share of all distinct ones</text>\n",
     );
-    let lines: [(&str, &str, &dyn Fn(&Point) -> Option<f64>); 3] = [
-        ("coverage", "#1f77b4", &|point| Some(point.coverage_percent)),
-        ("duplicates saved", "#2ca02c", &|point| Some(point.duplicates_percent)),
-        ("predicted coverage", "#d62728", &|point| point.predicted_percent),
+    let lines: [(&str, &str, Value); 3] = [
+        ("coverage", "#1f77b4", |point| Some(point.coverage_percent)),
+        ("duplicates saved", "#2ca02c", |point| Some(point.duplicates_percent)),
+        ("predicted coverage", "#d62728", |point| point.predicted_percent),
     ];
     for (at, (name, colour, value)) in lines.iter().enumerate() {
         let points: Vec<String> = shown

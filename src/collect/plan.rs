@@ -174,7 +174,8 @@ impl Sharing<'_> {
         let member = index.member(pack)?;
         for page in (0..member.present_pages()).step_by(step.max(1) as usize) {
             let page = read_slot_page(&**packs.backend(), &place, member, page)?;
-            // What follows a hit is mostly its neighbour: kept together, runs stay runs.
+            // What follows a hit is mostly its neighbour, of the same pack and so of the same group: kept together, runs
+            // stay runs, also where only a part of the index is in memory.
             let mut last: Option<SlotId> = None;
             for (slot, print) in page.slots.iter().zip(&page.fingerprints) {
                 if !live.contains(u32::from(*slot)) {
@@ -183,7 +184,6 @@ impl Sharing<'_> {
                 seen += 1;
                 let next = last.and_then(|last| last.plus(1)).filter(|next| {
                     !self.popular.is_condemned(*next)
-                        && self.popular.hints(self.group, print).any(|hint| hint == *next)
                         && packs.page_of(*next).ok().flatten().and_then(|p| p.fingerprint_of(next.slot()))
                             == Some(*print)
                 });

@@ -20,14 +20,17 @@ pub struct Chosen {
     pub slot: SlotId,
 }
 
+/// Popularity, donor, slot: the more popular is greater, of equals the one that comes first in donor order.
+type Rank = (u32, Reverse<u32>, Reverse<SlotId>);
+
 /// Keeps the most popular of the blocks that it is shown.
 ///
 /// Memory: [`CHOSEN_BYTES`] a block.
 #[derive(Debug)]
 pub struct Choice {
     room: usize,
-    // The least popular first; of equals the one that comes last in donor order.
-    kept: BinaryHeap<Reverse<(u32, Reverse<u32>, Reverse<SlotId>)>>,
+    // The least first.
+    kept: BinaryHeap<Reverse<Rank>>,
 }
 
 impl Choice {

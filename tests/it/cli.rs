@@ -25,6 +25,7 @@ const COMMANDS: [&str; 25] = [
     "protect",
     "unprotect",
     "gc",
+    "popular",
     "check",
     "stats",
     "target",
@@ -58,6 +59,38 @@ fn every_command_has_help_with_an_example() {
         assert!(help.contains("Examples:"), "{command}: {help}");
         assert!(help.contains(&format!("  snapfs {command}")), "{command}: {help}");
     }
+}
+
+#[test]
+fn what_vms_share_is_elected_shown_and_drawn() {
+    let place = Place::new();
+    let shown = |words: &str| place.snapfs(&format!("popular store {words}")).ok().text();
+    assert!(shown("elect").contains("nothing is elected"));
+    for (vm, seed) in [("a", 1), ("b", 2), ("c", 3)] {
+        let bytes = [noise(77, 2 * MIB), noise(seed, MIB)].concat();
+        place.write("image", &bytes);
+        place.snapfs(&format!("backup store {vm}/1.img image")).ok();
+    }
+    place.snapfs("popular store").fails(2, "ACTION");
+    place.snapfs("popular store elect --plot x.svg").fails(2, "--plot");
+    place.snapfs("popular store show --sigma 2").fails(2, "--sigma");
+    place.snapfs("popular store elect --sigma 0").fails(2, "0");
+    place.snapfs("popular store elect --max-memory 1K").fails(2, "max-memory");
+    place.snapfs("popular store group").fails(2, "VM");
+    place.snapfs("popular store group nobody").fails(3, "nobody");
+    assert!(shown("group c tenant").contains("group tenant"));
+    assert!(shown("group c").contains("group tenant"));
+    assert!(shown("elect").contains("512 blocks"));
+    let report: serde_json::Value = serde_json::from_str(&shown("show --json --plot curve.svg")).unwrap();
+    assert_eq!((&report["epoch"], &report["blocks_popular"]), (&1.into(), &512.into()), "{report}");
+    assert_eq!(report["worth"]["duplicates_percent"], 100.0, "{report}");
+    let drawn = std::fs::read_to_string(place.path("curve.svg")).unwrap();
+    assert!(drawn.starts_with("<svg") && drawn.ends_with("</svg>\n") && drawn.matches("<polyline").count() == 3);
+    assert!(shown("show").contains("SIGMA"));
+    let text = place.snapfs("gc store").ok().text();
+    assert!(text.contains("a: "), "{text}");
+    assert!(place.snapfs("stats store").ok().text().contains("common packs"));
+    place.snapfs("check store --read-data").ok();
 }
 
 #[test]

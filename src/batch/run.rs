@@ -442,7 +442,7 @@ impl Work<'_> {
         }
         let mut sorted = rows.sorted(0, memory / 2, scratch)?;
         let mut there: Option<Fingerprint> = None;
-        while let Some(row) = sorted.next()? {
+        while let Some(row) = sorted.read_next()? {
             let (print, rest) = row.split_at(32);
             let print = Fingerprint(print.first_chunk().copied().unwrap_or_default());
             match rest.split_first() {
@@ -720,7 +720,7 @@ impl Writing {
 }
 
 fn next_note(notes: &mut Sorted<NOTE_BYTES>) -> Result<Option<Note>> {
-    Ok(notes.next()?.and_then(|row| Note::from_bytes(&row)))
+    Ok(notes.read_next()?.and_then(|row| Note::from_bytes(&row)))
 }
 
 /// Walks through the verdicts of an image with its fingerprints: what it waits for, what it gives, and the rest, which is

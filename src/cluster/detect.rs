@@ -386,7 +386,7 @@ fn judge_partition(
     let mut rows = Vec::new();
     let mut count = 0_u32;
     loop {
-        let record = sorted.next()?.map(|row| Record::from_row(&row));
+        let record = sorted.read_next()?.map(|row| Record::from_row(&row));
         let key = record.map(|record| (record.print, task.group_of(record.member)));
         if key != current {
             if let Some((print, _)) = current {

@@ -83,7 +83,8 @@ pub fn connect(
     let listener = if own + 1 < hosts.count() { Some(listen(hosts)?) } else { None };
     let mut links: Vec<Option<Link>> = (0..hosts.count()).map(|_| None).collect();
     let until = clock.elapsed() + patience.start;
-    let mut told = clock.elapsed();
+    // Hosts of a pass come one after another; only who is missing for longer is worth a word.
+    let mut told = clock.elapsed() + Duration::from_secs(1);
     loop {
         let missing: Vec<usize> =
             links.iter().enumerate().filter(|(at, link)| *at != own && link.is_none()).map(|(at, _)| at).collect();

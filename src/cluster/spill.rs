@@ -178,7 +178,7 @@ impl<const N: usize> Sorted<N> {
     ///
     /// # Errors
     /// `Unavailable`.
-    pub fn next(&mut self) -> Result<Option<[u8; N]>> {
+    pub fn read_next(&mut self) -> Result<Option<[u8; N]>> {
         let Some(merge) = &mut self.merge else { return Ok(self.memory.next()) };
         let Some(Reverse((row, at))) = merge.heap.pop() else { return Ok(None) };
         merge.push_next(at)?;
@@ -211,7 +211,7 @@ mod tests {
                 want.sort_unstable();
                 let mut sorted = spill.sorted(partition, memory, folder.path()).unwrap();
                 let mut found = Vec::new();
-                while let Some(row) = sorted.next().unwrap() {
+                while let Some(row) = sorted.read_next().unwrap() {
                     found.push(row);
                 }
                 prop_assert_eq!(found, want);

@@ -66,8 +66,11 @@ fn judged(holders: &[Holder]) -> Vec<Vec<u8>> {
         .collect()
 }
 
+/// Slots and wanted positions of each member.
+type ByMember = BTreeMap<u32, (BTreeSet<u64>, BTreeSet<u64>)>;
+
 fn oracle(rules: &Rules) -> BTreeSet<Vec<u8>> {
-    let mut by_print: BTreeMap<(Fingerprint, u32), BTreeMap<u32, (BTreeSet<u64>, BTreeSet<u64>)>> = BTreeMap::new();
+    let mut by_print: BTreeMap<(Fingerprint, u32), ByMember> = BTreeMap::new();
     for member in 0..rules.members {
         for n in 0..rules.records {
             let (print, place) = rules.record(member, n);
@@ -476,11 +479,11 @@ fn a_host_that_does_not_come_up_is_named() {
     let told = waited.clone();
     let setup = Setup {
         hosts: Some(Hosts::parse(&world.hosts.join("\n"), 0).unwrap()),
-        patience: Patience { start: Duration::from_millis(300), silence: Duration::from_secs(3600) },
+        patience: Patience { start: Duration::from_millis(1500), silence: Duration::from_secs(3600) },
         progress: Arc::new(move |progress| told.add(progress)),
         ..setup(backend.clone(), scratch.path(), 1, 2 << 20)
     };
     let error = run(&setup, &job(&*backend, &rules, 4), test(rules, End::Never)).unwrap_err();
-    assert!(error.to_string().contains(&format!("did not come up within 0 s: host 1 ({})", world.hosts[1])), "{error}");
+    assert!(error.to_string().contains(&format!("did not come up within 1 s: host 1 ({})", world.hosts[1])), "{error}");
     assert_eq!(waited.take(), [Progress::Waiting(format!("host 1 ({})", world.hosts[1]))]);
 }

@@ -473,7 +473,7 @@ pub fn each_row<const N: usize>(file: &std::fs::File, take: &mut dyn FnMut(&[u8;
     use std::os::unix::fs::FileExt;
     let failed = |e| Error::io("scratch file", e);
     let rows = file.metadata().map_err(failed)?.len() / N as u64;
-    let mut buffer = vec![[0; N]; 1024];
+    let mut buffer = [[0; N]; 1024];
     let mut at = 0;
     while at < rows {
         let count = (rows - at).min(1024) as usize;

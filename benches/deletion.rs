@@ -129,12 +129,12 @@ fn contents(vm: u64, blocks: u64, day: u64) -> Vec<u64> {
     let mut ids: Vec<u64> = (0..blocks).map(|at| mix(vm << 48 | at)).collect();
     for today in 1..=day {
         for segment in 0..blocks / SEGMENT_BLOCKS {
-            if mix(vm << 50 | today << 32 | segment) % 10 != 0 {
+            if !mix(vm << 50 | today << 32 | segment).is_multiple_of(10) {
                 continue;
             }
             for at in segment * SEGMENT_BLOCKS..(segment + 1) * SEGMENT_BLOCKS {
                 let chance = mix(today << 56 | vm << 48 | at);
-                if chance % 4 == 0 {
+                if chance.is_multiple_of(4) {
                     ids[at as usize] = chance;
                 }
             }
@@ -277,7 +277,7 @@ fn child(words: &[String]) {
             let (vm, state) = store.vm(&vm_name).unwrap();
             let mut of_gone = RoaringTreemap::new();
             let file = state.files.values().find(|f| is_gone(f)).unwrap();
-            mark(&store, &vm, &state, file, &mut HashSet::new(), |slot| drop(of_gone.insert(slot)));
+            mark(&store, &vm, &state, file, &mut HashSet::new(), |slot| _ = of_gone.insert(slot));
             dead = (of_gone - live).len();
         }
         "c" => {
@@ -308,11 +308,11 @@ fn child(words: &[String]) {
             let mut exact = RoaringTreemap::new();
             let mut seen = HashSet::new();
             for file in after.files.values() {
-                mark(&store, &vm, &state, file, &mut seen, |slot| drop(exact.insert(slot)));
+                mark(&store, &vm, &state, file, &mut seen, |slot| _ = exact.insert(slot));
             }
             let file = state.files.values().find(|f| is_gone(f)).unwrap();
             let mut of_gone = RoaringTreemap::new();
-            mark(&store, &vm, &state, file, &mut HashSet::new(), |slot| drop(of_gone.insert(slot)));
+            mark(&store, &vm, &state, file, &mut HashSet::new(), |slot| _ = of_gone.insert(slot));
             let truly = (&of_gone - &exact).len();
             let found = (&of_gone - &live).len();
             assert!(found <= truly, "a live block was taken for dead");

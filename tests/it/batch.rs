@@ -109,7 +109,7 @@ fn family(vms: usize) -> Vec<Vec<u8>> {
     let image = |vm: usize| {
         let own = noise(100 + vm as u64, (1 << 20) + vm * 5 * BLOCK);
         let mut image = [&base[..2 << 20], &own, &base[2 << 20..], &vec![0; 3 << 20], &own[..200 * BLOCK]].concat();
-        if vm % 2 == 0 {
+        if vm.is_multiple_of(2) {
             image.extend_from_slice(&half);
         }
         image.extend(vec![7; 200 * BLOCK]);
@@ -269,8 +269,8 @@ fn process_of_a_batch() {
     let hosts = Hosts::parse(&hosts.join("\n"), index.parse().unwrap()).unwrap();
     let seen = AtomicBool::new(false);
     let tell = move |progress: BatchProgress| {
-        // The second report of the stage, where there is one: within it.
-        if stage(&progress) == Some(&end) && (seen.swap(true, Ordering::SeqCst) || end == "end" || end == "write") {
+        // The second image that is scanned; of the other stages a process may have a single report.
+        if stage(&progress) == Some(&end) && (end != "scan" || seen.swap(true, Ordering::SeqCst)) {
             rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
         }
     };

@@ -12,11 +12,12 @@ use snapfs::clock::{Clock, SystemClock};
 use crate::whole::{Disk, Loop, MIB, Place, eventually, image, need_loop, need_tools, same, signal};
 use crate::world::noise;
 
-const COMMANDS: [&str; 26] = [
+const COMMANDS: [&str; 27] = [
     "init",
     "mount",
     "umount",
     "backup",
+    "batch",
     "restore",
     "list",
     "show",

@@ -136,7 +136,7 @@ impl LoopDevice {
         mut before: impl FnMut(&Self) -> Result<()>,
         wrap: impl Fn(std::process::Command) -> std::process::Command,
     ) -> Result<Self> {
-        let mut is_taken = false;
+        let mut is_file_busy = false;
         for _ in 0..TRIES {
             let device = Self::next_free()?;
             before(&device)?;
@@ -155,13 +155,13 @@ impl LoopDevice {
                 Ok(_) => return Ok(device),
                 Err(e) if e.kind() == ErrorKind::Busy => {
                     log::debug!("{e}");
-                    is_taken |= device.is_bound();
+                    is_file_busy |= !device.is_bound();
                 }
                 Err(e) => return Err(e.within(path.display())),
             }
         }
-        // The word is the same for a device and for the file.
-        let why = if is_taken { "others took every free loop device" } else { "is open in another process" };
+        // The word is the same for a device and for the file: what was free all the same was not the reason.
+        let why = if is_file_busy { "is open in another process" } else { "others took every free loop device" };
         Err(busy(format!("{}: {why}", path.display())))
     }
 

@@ -185,5 +185,11 @@ pub const TARGET_CALLS_MAX: usize = 32;
 /// Copies remembered as bad: those that are noticed before anybody repairs them.
 pub const BAD_COPIES_MAX: usize = 4096;
 
+/// Lost blocks that are looked for in one pass over live images (1 GiB of them): about 30 MiB of memory.
+pub const HEAL_BLOCKS_MAX: usize = 1 << 18;
+
+/// Grids by which live images are looked through, each a pass over them: a VM has one, seldom two.
+pub const HEAL_GRIDS_MAX: usize = 8;
+
 const _: () = assert!(SEGMENT_BYTES == 2 << 20, "docs/FORMAT.md: a segment is 2 MiB");
 const _: () = assert!(GROUP_BYTES == 1 << 30, "docs/FORMAT.md: a group is 1 GiB");

@@ -62,8 +62,10 @@ const UNFINISHED_PREFIX: &str = ".tmp";
 pub struct Local {
     place: Arc<Place>,
     without_tmpfile: bool,
-    open_files: Mutex<LruCache<Key, Arc<OwnedFd>>>,
+    open_files: OpenFiles,
 }
+
+type OpenFiles = Arc<Mutex<LruCache<Key, Arc<OwnedFd>>>>;
 
 impl Local {
     /// Opens the directory at `root`, which must exist. It is held open, so its medium cannot be unmounted.
@@ -95,7 +97,7 @@ impl Local {
         let top = fs::open(&root, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|cause| failed(root.display().to_string(), cause))?;
         let place = Place { root, top, calls, folders: Mutex::new(LruCache::new(at_least_one(KNOWN_FOLDERS_MAX))) };
-        let open_files = Mutex::new(LruCache::new(at_least_one(OPEN_FILES_MAX)));
+        let open_files = Arc::new(Mutex::new(LruCache::new(at_least_one(OPEN_FILES_MAX))));
         Ok(Self { place: Arc::new(place), without_tmpfile, open_files })
     }
 
@@ -133,6 +135,7 @@ impl Backend for Local {
         let place = Arc::clone(&self.place);
         Ok(Box::new(Writing {
             place,
+            open_files: Arc::clone(&self.open_files),
             key: key.clone(),
             file,
             temporary,
@@ -146,10 +149,9 @@ impl Backend for Local {
     fn create_over(&self, key: &Key) -> Result<Box<dyn Upload>> {
         self.place.make_folders(folder_of(key))?;
         let (file, temporary) = Temporary::create(&self.place)?;
-        // Who reads through a file that was opened before would go on with the bad copy.
-        self.forget_cached(key);
         Ok(Box::new(Writing {
             place: Arc::clone(&self.place),
+            open_files: Arc::clone(&self.open_files),
             key: key.clone(),
             file,
             temporary: Some(temporary),
@@ -179,6 +181,24 @@ impl Backend for Local {
             }
         }
         Ok(())
+    }
+
+    fn read_checked(
+        &self,
+        key: &Key,
+        offset: u64,
+        out: &mut [u8],
+        verify: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let mut read = |out: &mut [u8]| self.read(key, offset, out).and_then(|()| verify(out));
+        match read(out) {
+            Err(e) if e.kind() == ErrorKind::Corrupt => {
+                // Another process may have healed it: the file that is kept open is then the bad copy.
+                self.forget_cached(key);
+                read(out)
+            }
+            done => done,
+        }
     }
 
     fn read_all(&self, key: &Key, bytes_max: u64) -> Result<Vec<u8>> {
@@ -611,6 +631,8 @@ impl Drop for Temporary {
 #[derive(Debug)]
 struct Writing {
     place: Arc<Place>,
+    // Where what was under the key may be kept open.
+    open_files: OpenFiles,
     key: Key,
     file: OwnedFd,
     /// `None` for a file without a name.
@@ -697,6 +719,10 @@ impl Upload for Writing {
             outcome = name();
         }
         outcome.map_err(|cause| failed(key, cause))?;
+        if self.is_over {
+            // Who reads through the file that was there before would go on with the bad copy.
+            let _closed_unlocked = held(&self.open_files).pop(key);
+        }
         // Visible from here on, so whatever goes wrong, the object may be there (I9).
         place.sync_folder(folder_of(key)).map_err(|error| error.within(key).as_kind(ErrorKind::Unavailable))
     }
@@ -853,6 +879,7 @@ mod tests {
         let place = Arc::clone(&local.place);
         let mut writing = Writing {
             place,
+            open_files: Arc::clone(&local.open_files),
             key: key.clone(),
             file,
             temporary: None,
@@ -864,6 +891,27 @@ mod tests {
         writing.append(b"xy").unwrap();
         Box::new(writing).finish().unwrap();
         assert_eq!(local.read_all(&key, 100).unwrap(), b"xy");
+    }
+
+    #[test]
+    fn a_replaced_object_is_seen_though_the_one_before_is_open() {
+        let folder = tempfile::tempdir().unwrap();
+        let [local, other] = [(); 2].map(|()| Local::open(folder.path()).unwrap());
+        let key = Key::new("objects/one");
+        local.put_new(&key, b"bad").unwrap();
+        let mut out = [0; 3];
+        let mut verify = |bytes: &[u8]| if bytes == b"one" { Ok(()) } else { Err(crate::error::corrupt("is bad")) };
+        assert_eq!(other.read_checked(&key, 0, &mut out, &mut verify).unwrap_err().kind(), ErrorKind::Corrupt);
+        let mut upload = local.create_over(&key).unwrap();
+        // Read while it is written, as who takes over what is whole does.
+        local.read(&key, 0, &mut out).unwrap();
+        upload.append(b"one").unwrap();
+        upload.finish().unwrap();
+        local.read(&key, 0, &mut out).unwrap();
+        assert_eq!(&out, b"one");
+        // The other process is told nothing.
+        other.read_checked(&key, 0, &mut out, &mut verify).unwrap();
+        assert_eq!(&out, b"one");
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! The invariants as a program: reads everything that a store should have, and says what is missing or wrong.
-//! Changes nothing (but for [`rebuild()`] and, when asked for, [`copies`]), needs no lock, and runs beside writers and collection.
+//! Changes nothing (but for [`rebuild()`] and, when asked for, [`copies`] and [`mend`]), needs no lock, and runs beside writers and collection.
 //!
 //! ```text
 //!   common:   log ── objects, popular index
@@ -15,6 +15,10 @@ pub mod common;
 pub mod vm;
 
 pub mod copies;
+
+pub mod live;
+
+pub mod mend;
 
 pub mod moving;
 
@@ -38,4 +42,4 @@ mod testing;
 
 pub use crate::check::faults::{Finding, Severity};
 pub use crate::check::rebuild::{RebuildReport, rebuild};
-pub use crate::check::store::{CheckOptions, CheckReport, Progress, check_store};
+pub use crate::check::store::{CheckOptions, CheckReport, Progress, check_store, check_store_from};

@@ -6,6 +6,8 @@ use crate::backend::Key;
 use crate::check::common::Common;
 use crate::check::copies::check_copies;
 use crate::check::faults::{FINDINGS_MAX, Finding, Severity};
+use crate::check::live::LiveImage;
+use crate::check::mend::mend_store;
 use crate::check::vm::check_vm;
 use crate::error::{Error, Result, invalid};
 use crate::name::VmName;
@@ -55,6 +57,10 @@ pub struct CheckReport {
     pub copies_repaired: u64,
     /// Of the bad ones, those of objects that have a part that is whole in no copy.
     pub copies_hopeless: u64,
+    /// Frames that were whole in no copy, and were put together again from live images.
+    pub frames_mended: u64,
+    /// Such frames that could not be.
+    pub frames_unmended: u64,
     /// Targets that are not there.
     pub targets_away: Vec<String>,
 }
@@ -104,13 +110,35 @@ pub struct Progress {
 /// # Errors
 /// `Invalid` options; `Unavailable` or `Denied` when the VMs cannot be listed.
 pub fn check_store(store: &Store, options: CheckOptions, progress: &mut dyn FnMut(Progress)) -> Result<CheckReport> {
+    check_store_from(store, options, &[], progress)
+}
+
+/// As [`check_store`]; before the VMs are checked, what is whole in no copy is healed from live images that still have
+/// the blocks, as [`mend_store`] says.
+///
+/// # Errors
+/// As [`check_store`] and [`mend_store`]; `Invalid` when there are images, but the options do not ask for repair.
+pub fn check_store_from(
+    store: &Store,
+    options: CheckOptions,
+    images: &[&dyn LiveImage],
+    progress: &mut dyn FnMut(Progress),
+) -> Result<CheckReport> {
     if options.sample_percent.is_some_and(|percent| !(0.0..=100.0).contains(&percent)) {
         return Err(invalid("the share of frames to check is not from 0 to 100"));
+    }
+    if !images.is_empty() && !options.repair {
+        return Err(invalid("images to heal from, but no repair is asked for"));
     }
     let mut report = CheckReport::default();
     if let Some(replicated) = store.backend().replicated() {
         // What is found is told, and repaired only by who asks for it.
         replicated.set_healing(false);
+    }
+    if !images.is_empty() {
+        mend_store(store, images, &mut report)?;
+    }
+    if let Some(replicated) = store.backend().replicated() {
         check_copies(store, replicated, options, &mut report)?;
     }
     let common = Common::check(store, options, &mut report)?;

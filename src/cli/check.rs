@@ -1,9 +1,14 @@
 //! `snapfs check`: proves the store against its invariants, and tells of every damage.
 
-use crate::check::{CheckOptions, Finding, Progress as Checked, check_store, rebuild};
+use std::path::{Path, PathBuf};
+
+use crate::check::live::LiveImage;
+use crate::check::{CheckOptions, Finding, Progress as Checked, check_store_from, rebuild};
 use crate::cli::output::{self, Progress};
 use crate::cli::store_arg::StoreArg;
 use crate::cli::{DAMAGED, DONE, FAILED, Outcome};
+use crate::error::Result;
+use crate::ingest::source::Source;
 
 /// Shown by `--help`.
 pub const EXAMPLES: &str = "\
@@ -12,6 +17,7 @@ Examples:
   snapfs check /srv/snapfs --read-data
   snapfs check /srv/snapfs --sample 5
   snapfs check /srv/snapfs --read-data --repair
+  snapfs check /srv/snapfs --repair --from /dev/vg0/web01
   snapfs check /srv/snapfs --rebuild";
 
 /// Arguments of `check`.
@@ -32,6 +38,11 @@ pub struct Check {
     #[arg(long)]
     repair: bool,
 
+    /// Heal what no copy has whole from this image (a file or a block device) that still has the blocks; reads all
+    /// data. May be given several times
+    #[arg(long, value_name = "SOURCE", requires = "repair", conflicts_with = "sample")]
+    from: Vec<PathBuf>,
+
     /// Make all derived data anew first
     #[arg(long)]
     rebuild: bool,
@@ -45,8 +56,10 @@ impl Check {
     /// Runs the command.
     ///
     /// # Errors
-    /// As [`check_store`] and [`rebuild()`]. Damage that was found is no error of theirs.
+    /// As [`check_store_from`] and [`rebuild()`]. Damage that was found is no error of theirs.
     pub fn run(&self) -> Outcome {
+        let sources: Vec<Live> = self.from.iter().map(|path| Live::open(path)).collect::<Result<_>>()?;
+        let images: Vec<&dyn LiveImage> = sources.iter().map(|live| live as &dyn LiveImage).collect();
         let store = self.store.open()?;
         let mut code = DONE;
         if self.rebuild {
@@ -59,9 +72,13 @@ impl Check {
                 code = FAILED;
             }
         }
-        let options = CheckOptions { read_data: self.read_data, sample_percent: self.sample, repair: self.repair };
+        let options = CheckOptions {
+            read_data: self.read_data || !images.is_empty(),
+            sample_percent: self.sample,
+            repair: self.repair,
+        };
         let bar = Progress::new("check", Some(0), self.json);
-        let report = check_store(&store, options, &mut |at: Checked| {
+        let report = check_store_from(&store, options, &images, &mut |at: Checked| {
             bar.note(|| format!("check, VM {} of {}", at.vms_done + 1, at.vms_total));
             bar.set_total(at.bytes_total);
             bar.set(at.bytes_done);
@@ -88,6 +105,12 @@ impl Check {
                     report.targets_away.len()
                 ));
             }
+            if !images.is_empty() {
+                text.push_str(&format!(
+                    "frames healed from images {}, not healed {}\n",
+                    report.frames_mended, report.frames_unmended
+                ));
+            }
             if report.snapshots_held > 0 {
                 text.push_str(&format!("{} more snapshots are forgotten and held\n", report.snapshots_held));
             }
@@ -104,6 +127,33 @@ impl Check {
     }
 }
 
+/// A file or block device as an image to heal from.
+struct Live {
+    bytes: u64,
+    source: Source,
+}
+
+impl Live {
+    fn open(path: &Path) -> Result<Self> {
+        let source = Source::open(path)?;
+        Ok(Self { bytes: source.bytes().unwrap_or(0), source })
+    }
+}
+
+impl LiveImage for Live {
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn next_data(&self, from: u64) -> Result<Option<(u64, u64)>> {
+        self.source.next_data(from)
+    }
+
+    fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        self.source.read_at(offset, out)
+    }
+}
+
 fn as_line(finding: &Finding) -> String {
     let concerns = match finding.snapshots.as_slice() {
         [] => String::new(),
@@ -112,7 +162,7 @@ fn as_line(finding: &Finding) -> String {
     format!("{}: {}{concerns}\n", finding.object, finding.what)
 }
 
-fn parse_percent(text: &str) -> Result<f64, String> {
+fn parse_percent(text: &str) -> std::result::Result<f64, String> {
     let number = text.strip_suffix('%').unwrap_or(text).parse::<f64>();
     number.ok().filter(|n| (0.0..=100.0).contains(n)).ok_or_else(|| "not a number from 0 to 100".to_owned())
 }

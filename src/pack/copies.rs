@@ -75,7 +75,7 @@ pub fn verify_copy(copy: &dyn Backend, place: &ObjectPlace, depth: Depth) -> Res
     })
 }
 
-type Rows<'a> = [(crate::units::PackNumber, &'a crate::pack::frame::FrameRow)];
+pub(super) type Rows<'a> = [(crate::units::PackNumber, &'a crate::pack::frame::FrameRow)];
 
 /// Calls `work` with each run of frames: offset, bytes, and the rows.
 fn for_each_run(index: &PackIndex, work: &mut dyn FnMut(u64, usize, &Rows<'_>) -> Result<()>) -> Result<()> {
@@ -96,7 +96,7 @@ fn for_each_run(index: &PackIndex, work: &mut dyn FnMut(u64, usize, &Rows<'_>) -
     if run.is_empty() { Ok(()) } else { work(offset, bytes as usize, &run) }
 }
 
-fn check_run(place: &ObjectPlace, rows: &Rows<'_>, stored: &[u8]) -> Result<()> {
+pub(super) fn check_run(place: &ObjectPlace, rows: &Rows<'_>, stored: &[u8]) -> Result<()> {
     let mut rest = stored;
     for (number, row) in rows {
         let (bytes, tail) = rest.split_at_checked(row.stored_bytes as usize).unwrap_or((rest, &[]));
@@ -191,6 +191,12 @@ fn assemble(replicated: &Replicated, target: &Target, place: &ObjectPlace) -> Re
             upload.append(&table)?;
         }
     }
+    upload.append(&encode_tail_of(&index))?;
+    upload.finish()
+}
+
+/// Index and trailer as they are stored.
+pub(super) fn encode_tail_of(index: &PackIndex) -> Vec<u8> {
     let tail = |member: &Member| MemberTail {
         number: member.number,
         frames: member.frames.clone(),
@@ -198,6 +204,5 @@ fn assemble(replicated: &Replicated, target: &Target, place: &ObjectPlace) -> Re
         checksums: member.page_checksums.clone(),
     };
     let members: Vec<_> = index.members.iter().map(tail).collect();
-    upload.append(&PackIndex::encode_tail(&index.identity, &members))?;
-    upload.finish()
+    PackIndex::encode_tail(&index.identity, &members)
 }

@@ -7,6 +7,7 @@ pub mod cache;
 pub mod copies;
 pub mod frame;
 pub mod index;
+pub mod mend;
 pub mod reader;
 pub mod writer;
 

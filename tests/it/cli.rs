@@ -209,6 +209,16 @@ fn damage_is_exit_code_4_and_is_named() {
     assert!(told.text().contains(name) && told.text().contains("web01/a.img"), "{}", told.text());
     // Without reading the data there is nothing to see.
     place.snapfs("check store").ok();
+    // An image that has nothing heals nothing; the one that was backed up does.
+    place.snapfs("check store --from a.img").fails(2, "--repair");
+    place.snapfs("check store --repair --from none.img").fails(3, "none.img");
+    place.write("c.img", &image(9, 2));
+    let told = place.snapfs("check store --repair --from c.img").fails(4, "");
+    assert!(told.text().contains("healed from images 0, not healed 1"), "{}", told.text());
+    let told = place.snapfs("check store --repair --from c.img --from a.img").ok();
+    assert!(told.text().contains("healed from images 1, not healed 0"), "{}", told.text());
+    place.snapfs("check store --read-data").ok();
+    place.snapfs("restore store web01/a.img b.img").ok();
 }
 
 #[test]

@@ -24,6 +24,7 @@ mod files;
 mod forget;
 mod format;
 mod fuzz;
+mod heal;
 mod hold;
 mod invariants;
 mod kills;

@@ -180,9 +180,8 @@ fn a_fault_at_any_call_leaves_a_store_that_is_whole() {
             let world = World::new();
             put_new(&world, "vm0/1.img", &donor);
             let faulty = Arc::new(Faulty::new(Arc::new(world.memory.clone()), fault, at));
-            let outcome = world
-                .store_over(faulty.clone())
-                .and_then(|store| put(&store.promoting(true), "vm1/1.img", &image));
+            let outcome =
+                world.store_over(faulty.clone()).and_then(|store| put(&store.promoting(true), "vm1/1.img", &image));
             if !faulty.fired() {
                 outcome.unwrap();
                 assert!(bytes_below(&world, "common/packs/") > MIB);

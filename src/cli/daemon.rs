@@ -45,6 +45,8 @@ pub(super) struct Assignment {
     /// The store, without links.
     pub store: PathBuf,
     pub shares: MemoryShares,
+    /// Whether writers look for what other VMs have.
+    pub promotes: bool,
     pub options: Options,
     pub settings: MountSettings,
 }
@@ -173,13 +175,13 @@ struct Session {
 
 impl Session {
     fn begin(assignment: Assignment, in_background: bool) -> Result<Self> {
-        let Assignment { store, shares, options, settings } = assignment;
+        let Assignment { store, shares, promotes, options, settings } = assignment;
         // The daemon must not keep any folder busy, least of all one in a mount.
         std::env::set_current_dir("/").map_err(|e| Error::io("/", e))?;
         prepare_process();
         // Before the mount: a signal in between must not leave a dead one.
         let signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(|e| Error::io("signals", e))?;
-        let store = Store::open(&store, Arc::new(SystemClock::new()), shares)?;
+        let store = Store::open(&store, Arc::new(SystemClock::new()), shares)?.promoting(promotes);
         let is_read_only = options.read_only;
         let collects = options.collect && !is_read_only;
         let fs = MountedStore::new(Arc::new(store), options);

@@ -92,6 +92,7 @@ Mount options:
   noexec             no programs are run from the mount
   nodelete           nothing can be removed through this mount (EPERM)
   gc=on              what is forgotten through this mount is collected in the background [default: off]
+  promote=off        blocks that another VM has are not shared before an election [default: on]
   clones=DIR         where writable clones are kept [default: /var/lib/snapfs/clones for root]
   log=FILE           log to a file instead of the system log
 

@@ -16,6 +16,7 @@ use crate::cli::daemon::{self, Assignment, News};
 use crate::cli::logging::{LogTarget, init_logging};
 use crate::cli::mount_options::MountOptions;
 use crate::cli::mountinfo::{self, SNAPFS_TYPE};
+use crate::cli::store_arg::{PROMOTE_VARIABLE, promotes};
 use crate::cli::supervisor::SOCKET_VARIABLE;
 use crate::cli::umount::{How, is_dead, resolve, unmount};
 use crate::clock::SystemClock;
@@ -43,7 +44,7 @@ const MESSAGE_BYTES_MAX: u64 = 64 << 10;
 #[derive(Debug, clap::Args)]
 pub struct Mount {
     /// Options: ro, allow_other, noallow_other, noexec, nodelete, seal_after=TIME, max_memory=SIZE, threads=N,
-    /// log=FILE, clones=DIR, gc=on
+    /// log=FILE, clones=DIR, gc=on, promote=off
     #[arg(short = 'o', value_name = "OPTION,...")]
     pub options: Vec<String>,
 
@@ -197,8 +198,12 @@ fn assignment(store: &Path, mountpoint: &Path, options: &MountOptions, shares: M
         }
     };
     let (no_delete, collect) = (options.no_delete, options.collect);
+    let promotes = match options.promote {
+        Some(on) => on,
+        None => promotes(std::env::var_os(PROMOTE_VARIABLE))?,
+    };
     let options = Options { read_only: options.read_only, seal_after, clones, no_delete, collect };
-    Ok(Assignment { store, shares, options, settings })
+    Ok(Assignment { store, shares, promotes, options, settings })
 }
 
 /// An open `/dev/fuse`, by its number. The number itself stays open too, until the process ends.

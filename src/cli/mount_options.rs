@@ -81,6 +81,8 @@ pub struct MountOptions {
     pub no_delete: bool,
     /// `gc=on` or `gc=off`.
     pub collect: bool,
+    /// `promote=on` or `promote=off`; what the variable says without it.
+    pub promote: Option<bool>,
 }
 
 impl MountOptions {
@@ -127,7 +129,9 @@ impl MountOptions {
             Some(("clones", value)) => self.clones = Some(PathBuf::from(value)),
             Some(("gc", "on")) => self.collect = true,
             Some(("gc", "off")) => self.collect = false,
-            Some(("gc", _)) => return Err(invalid("neither on nor off")),
+            Some(("promote", "on")) => self.promote = Some(true),
+            Some(("promote", "off")) => self.promote = Some(false),
+            Some(("gc" | "promote", _)) => return Err(invalid("neither on nor off")),
             Some(_) => return Ok(self.ignore(word)),
         }
         Ok(true)
@@ -203,7 +207,7 @@ mod tests {
     fn our_options_are_read() {
         let options = parsed(
             "ro,allow_other,default_permissions,noexec,seal_after=1.5s,max_memory=512M,threads=8,log=/var/log/snapfs.log,\
-             clones=/var/clones,nodelete,gc=on",
+             clones=/var/clones,nodelete,gc=on,promote=off",
         );
         let expected = MountOptions {
             read_only: true,
@@ -217,6 +221,7 @@ mod tests {
             clones: Some(PathBuf::from("/var/clones")),
             no_delete: true,
             collect: true,
+            promote: Some(false),
         };
         assert_eq!(options, expected);
         assert_eq!(parsed(""), MountOptions::default());
@@ -280,6 +285,8 @@ mod tests {
             "clones=",
             "gc",
             "gc=yes",
+            "promote",
+            "promote=yes",
             "nodelete=1",
             "ro=1",
             "allow_root",

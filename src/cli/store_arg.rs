@@ -17,6 +17,21 @@ pub const STORE_VARIABLE: &str = "SNAPFS_STORE";
 /// The option that stands in for the argument.
 const STORE_OPTION: &str = "--store";
 
+/// The variable that turns second sighting off.
+pub const PROMOTE_VARIABLE: &str = "SNAPFS_PROMOTE";
+
+/// Whether blocks that another VM has go to common packs at once, by the value of [`PROMOTE_VARIABLE`].
+///
+/// # Errors
+/// `Invalid` for anything but `on` and `off`.
+pub fn promotes(value: Option<OsString>) -> Result<bool> {
+    match value.as_deref().map(OsStr::to_str) {
+        None | Some(Some("on" | "")) => Ok(true),
+        Some(Some("off")) => Ok(false),
+        Some(_) => Err(invalid(format!("{PROMOTE_VARIABLE}: neither on nor off"))),
+    }
+}
+
 /// Commands that have no store.
 const WITHOUT_STORE: [&str; 7] = ["umount", "attach", "detach", "reap", "files-inside", "demo", "help"];
 
@@ -46,7 +61,8 @@ impl StoreArg {
             Some(bytes) => MemoryShares::of(bytes).map_err(Stop::usage)?,
             None => MemoryShares::default(),
         };
-        Ok(Store::open(&self.store, Arc::new(SystemClock::new()), shares)?)
+        let promotes = promotes(std::env::var_os(PROMOTE_VARIABLE)).map_err(Stop::usage)?;
+        Ok(Store::open(&self.store, Arc::new(SystemClock::new()), shares)?.promoting(promotes))
     }
 }
 

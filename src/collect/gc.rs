@@ -588,7 +588,7 @@ impl<'a> Collector<'a> {
     fn forwards(&self, survey: &Survey, live: &[(PackNumber, RoaringBitmap)]) -> Result<BTreeMap<SlotId, SlotId>> {
         let mut forwards = BTreeMap::new();
         let is_common = survey.held.object.number.is_common();
-        if survey.content != Content::Data || is_common || !self.session.popular().has_index() {
+        if survey.content != Content::Data || is_common || !self.session.popular().has_blocks() {
             return Ok(forwards);
         }
         let sharing = self.sharing(&self.vm.state());

@@ -309,7 +309,7 @@ impl Surveyed {
 
     /// Finds out how much is in common packs too, by a sample of the slot tables. What cannot be read has nothing.
     fn find_forwardable(&mut self, packs: &Packs, sharing: Sharing<'_>) {
-        if !sharing.popular.has_index() {
+        if !sharing.popular.has_blocks() {
             return;
         }
         let live = &self.live;

@@ -25,7 +25,12 @@ pub struct CommonWriter {
 impl CommonWriter {
     /// A writer that has written nothing yet. `packs` are those of whoever will refer to the blocks.
     pub fn new(store: &Store, packs: Arc<Packs>, group: VmGroup) -> Self {
-        let adder = Arc::new(CommonAdder::new(store, packs, group));
+        Self::over(CommonAdder::new(store, packs, group))
+    }
+
+    /// The same for somebody who adds.
+    pub fn over(adder: CommonAdder) -> Self {
+        let adder = Arc::new(adder);
         Self { data: DataLane::new(adder.clone()), adder, brought: Vec::new() }
     }
 

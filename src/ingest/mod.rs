@@ -11,5 +11,6 @@ pub mod draft_tree;
 pub mod lane;
 pub mod partition;
 pub mod ranges;
+pub mod sighted;
 pub mod source;
 pub mod writer;

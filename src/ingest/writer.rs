@@ -12,8 +12,10 @@ use crate::dedup::ladder::{Held, Origin, Plan, plan};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fingerprint::{Fingerprint, digest, fingerprint_blocks, is_zero};
 use crate::image::tree::Tree;
+use crate::ingest::common::CommonWriter;
 use crate::ingest::draft_tree::DraftTree;
 use crate::ingest::lane::{DataLane, RecipeLane};
+use crate::ingest::sighted::sighted;
 use crate::limits::{BLOCK_BYTES, SEGMENT_BLOCKS};
 use crate::recipe::{Place, Recipe, RootPage, Tally};
 use crate::store::session::Session;
@@ -60,6 +62,8 @@ pub struct Writer {
     session: Arc<Session>,
     parent: Option<Arc<Tree>>,
     data: DataLane,
+    // For blocks that another VM has; made when the first is met.
+    common: Option<CommonWriter>,
     recipes: RecipeLane,
     tally: Tally,
     stored_before: u64,
@@ -77,6 +81,7 @@ impl Writer {
     pub fn new(session: Arc<Session>, parent: Option<Arc<Tree>>) -> Self {
         Self {
             data: DataLane::new(session.clone()),
+            common: None,
             recipes: RecipeLane::new(session.clone()),
             session,
             parent,
@@ -94,8 +99,12 @@ impl Writer {
     /// What the levels did since the writer was made.
     pub fn tally(&self) -> Tally {
         let mut tally = self.tally.clone();
-        tally.bytes_stored = self.data.bytes_stored() - self.stored_before;
+        tally.bytes_stored = self.bytes_stored() - self.stored_before;
         tally
+    }
+
+    fn bytes_stored(&self) -> u64 {
+        self.data.bytes_stored() + self.common.as_ref().map_or(0, CommonWriter::bytes_stored)
     }
 
     /// W4: the parent's recipe of a segment that is known to be unchanged; `None` when it cannot be reused (a pack
@@ -190,7 +199,7 @@ impl Writer {
                 *slot = Some(place);
             }
         }
-        self.data.flush_full_frames()?;
+        self.flush_full_frames()?;
         Ok(batch.iter().map(|(segment, _)| *segment).zip(places).collect())
     }
 
@@ -203,16 +212,21 @@ impl Writer {
         prints: &[Option<Fingerprint>],
     ) -> Result<Place> {
         let plan = self.plan(parent, prints);
-        self.store_planned(bytes, digest, prints, &plan).map(|(place, _)| place)
+        let sighted = match self.session.others() {
+            Some(others) if plan.tally.blocks_new > 0 => sighted(others, prints, &plan),
+            _ => Vec::new(),
+        };
+        self.store_planned(bytes, digest, prints, &plan, &sighted).map(|(place, _)| place)
     }
 
-    /// W7 for one changed segment; `bytes` may be empty when nothing of it is new.
+    /// W7 for one changed segment; `bytes` may be empty when nothing of it is new. What was sighted goes to common packs.
     fn store_planned(
         &mut self,
         bytes: &[u8],
         digest: Fingerprint,
         prints: &[Option<Fingerprint>],
         plan: &Plan,
+        sighted: &[bool],
     ) -> Result<(Place, Vec<Option<SlotId>>)> {
         let mut slots: Vec<Option<SlotId>> = Vec::with_capacity(plan.origins.len());
         let mut fresh = Vec::new();
@@ -222,7 +236,10 @@ impl Writer {
                 (Origin::Held(slot), ..) => Some(*slot),
                 (Origin::Repeats(first), ..) => slots.get(usize::from(*first)).copied().flatten(),
                 (Origin::New, Some(print), Some(block)) => {
-                    let slot = self.data.store(block, *print)?;
+                    let slot = match sighted.get(at).filter(|sighted| **sighted).and_then(|_| self.common()) {
+                        Some(common) => common.store(block, *print)?,
+                        None => self.data.store(block, *print)?,
+                    };
                     fresh.push((slot, *print));
                     Some(slot)
                 }
@@ -261,7 +278,7 @@ impl Writer {
                 None => return Ok(None),
             },
         };
-        self.store_planned(&bytes, digest, prints, &plan).map(Some)
+        self.store_planned(&bytes, digest, prints, &plan, &[]).map(Some)
     }
 
     /// Compresses and appends the frames that are full: to be called every few segments after [`Writer::take_known`].
@@ -269,7 +286,18 @@ impl Writer {
     /// # Errors
     /// `NoSpace`, `Unavailable`.
     pub fn flush_full_frames(&mut self) -> Result<()> {
+        if let Some(common) = &mut self.common {
+            common.flush_full_frames()?;
+        }
         self.data.flush_full_frames()
+    }
+
+    fn common(&mut self) -> Option<&mut CommonWriter> {
+        if self.common.is_none() {
+            let adder = self.session.others()?.adder(self.session.packs().clone());
+            self.common = Some(CommonWriter::over(adder));
+        }
+        self.common.as_mut()
     }
 
     /// W5, W6: gathers what the segment is compared with, and plans; again with further pages while runs go on.
@@ -382,6 +410,10 @@ impl Writer {
     /// `Busy` when fenced, `NoSpace`, `Corrupt`, `Unavailable`.
     pub fn prepare(&mut self, tree: &mut DraftTree, request: &CommitRequest) -> Result<Prepared> {
         let vm = self.session.vm().clone();
+        // First, so that nothing ever refers to a common pack that is not there.
+        if let Some(common) = &mut self.common {
+            common.commit()?;
+        }
         self.brought.extend(self.data.finish()?);
         let groups = tree.write_pages(&mut self.recipes)?;
         self.brought.extend(self.recipes.finish()?);
@@ -404,6 +436,9 @@ impl Writer {
 
     /// Gives up what was not committed: its objects are deleted, its space is free.
     pub fn abandon(mut self) {
+        if let Some(common) = self.common.take() {
+            common.abandon();
+        }
         let mut given_up = std::mem::take(&mut self.brought);
         given_up.extend(self.data.abandon());
         given_up.extend(self.recipes.abandon());
@@ -470,7 +505,7 @@ pub fn commit_together(session: &Session, images: &mut [(&mut Writer, Prepared)]
         session.cover_committed(&writer.brought);
         writer.brought.clear();
         writer.tally = Tally::default();
-        writer.stored_before = writer.data.bytes_stored();
+        writer.stored_before = writer.bytes_stored();
     }
     Ok(())
 }

@@ -4,3 +4,5 @@
 pub mod choice;
 pub mod current;
 pub mod index;
+pub mod promoted;
+pub mod sighting;

@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::catalog::record::{Op, PackEntry};
+use crate::catalog::record::{Attributes, Op, PackEntry};
 use crate::catalog::state::VmState;
 use crate::catalog::vm::Vm;
 use crate::error::{Error, ErrorKind, Result, busy};
@@ -58,15 +58,19 @@ pub struct CommonAdder {
     home: Arc<Vm>,
     packs: Arc<Packs>,
     group: VmGroup,
-    folder: crate::catalog::record::Attributes,
+    folder: Attributes,
     serials: Mutex<Option<(RecordNumber, u32)>>,
 }
 
 impl CommonAdder {
     /// Nothing is written yet. `packs` shows what is being written: to the VM that will refer to it.
     pub fn new(store: &Store, packs: Arc<Packs>, group: VmGroup) -> Self {
-        let home = store.common_home().clone();
-        Self { home, packs, group, folder: store.new_folder(), serials: Mutex::new(None) }
+        Self::of(store.common_home().clone(), store.new_folder(), packs, group)
+    }
+
+    /// The same for the common home of an open store; `folder` is what it is made with, if it is not there yet.
+    pub fn of(home: Arc<Vm>, folder: Attributes, packs: Arc<Packs>, group: VmGroup) -> Self {
+        Self { home, packs, group, folder, serials: Mutex::new(None) }
     }
 
     /// Tells the log of packs that are durable: from now on anything may refer to them.

@@ -9,6 +9,7 @@
 pub mod common;
 pub mod config;
 pub mod session;
+pub mod sightings;
 pub mod targets;
 
 use std::collections::HashMap;
@@ -45,6 +46,8 @@ pub struct MemoryShares {
     pub map_bytes: u64,
     /// The popular index.
     pub popular_bytes: usize,
+    /// Common blocks that it does not have, and what other VMs have.
+    pub sighting_bytes: usize,
 }
 
 impl MemoryShares {
@@ -59,8 +62,9 @@ impl MemoryShares {
         let spare = cap_bytes - (MEMORY_BYTES_MIN - (32 << 20));
         let cache_bytes = usize::try_from(spare / 3).unwrap_or(usize::MAX);
         let segments = usize::try_from(spare / 3 / (2 << 20)).unwrap_or(usize::MAX).clamp(12, 4096);
-        let popular_bytes = usize::try_from(spare / 5).unwrap_or(usize::MAX);
-        Ok(Self { cache_bytes, segments, map_bytes: spare / 8, popular_bytes })
+        let popular_bytes = usize::try_from(spare / 5 - spare / 20).unwrap_or(usize::MAX);
+        let sighting_bytes = usize::try_from(spare / 20).unwrap_or(usize::MAX);
+        Ok(Self { cache_bytes, segments, map_bytes: spare / 8, popular_bytes, sighting_bytes })
     }
 }
 
@@ -70,7 +74,8 @@ impl Default for MemoryShares {
             cache_bytes: 48 << 20,
             segments: 24,
             map_bytes: 20 << 20,
-            popular_bytes: 32 << 20,
+            popular_bytes: 24 << 20,
+            sighting_bytes: 8 << 20,
         })
     }
 }
@@ -88,6 +93,7 @@ pub struct Store {
     alone: Option<Box<dyn Guard>>,
     common: Arc<Vm>,
     popular: Arc<CurrentIndex>,
+    promotes: bool,
 }
 
 /// The key of a VM's lock.
@@ -201,6 +207,7 @@ impl Store {
             vms: Mutex::default(),
             common,
             popular,
+            promotes: false,
             alone: None,
         })
     }
@@ -212,6 +219,19 @@ impl Store {
         self.vms = Mutex::default();
         self.common = Arc::new(Vm::new(COMMON_HOME, self.backend.clone(), self.clock.clone()));
         self
+    }
+
+    /// The same store, whose writers put blocks that another VM of the group has into common packs at once (second
+    /// sighting), or not, as it is without this.
+    #[must_use]
+    pub fn promoting(mut self, on: bool) -> Self {
+        self.promotes = on;
+        self
+    }
+
+    /// Whether writers look for what other VMs have.
+    pub fn promotes(&self) -> bool {
+        self.promotes
     }
 
     /// Lets others know no longer that the store is open in one folder: for who gives it targets.
@@ -324,6 +344,11 @@ impl Store {
     pub fn packs(&self, vm: &Arc<Vm>) -> Arc<Packs> {
         let homes = Homes { vm: vm.clone(), common: self.common.clone() };
         Arc::new(Packs::new(self.backend.clone(), self.caches.clone(), Arc::new(homes)))
+    }
+
+    /// The caches that all readers share.
+    pub fn caches(&self) -> &Arc<Caches> {
+        &self.caches
     }
 
     /// The home of common packs, whether it is there or not. No I/O.

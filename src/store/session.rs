@@ -1,6 +1,7 @@
 //! The writer of a VM: its lock, its begin record, the numbers it may use, and the similarity index.
 
 use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -10,13 +11,16 @@ use crate::catalog::state::VmState;
 use crate::catalog::vm::{COMMON_HOME, Vm, fill_random, home_folder, pack_key, title};
 use crate::error::{Error, Result, busy};
 use crate::fingerprint::Fingerprint;
+use crate::limits::PROMOTED_SLOTS_MAX;
 use crate::pack::Content;
 use crate::pack::index::parse_object_name;
 use crate::pack::reader::{Packs, SlotPage, read_slot_page};
 use crate::popular::current::CurrentIndex;
 use crate::popular::index::{IndexIdentity, PopularIndex};
+use crate::popular::promoted::Promoted;
 use crate::similarity::SimilarityIndex;
 use crate::store::common::{PackHome, common_state, group_of};
+use crate::store::sightings::{OtherVms, remember_sightings};
 use crate::store::{Store, lock_key};
 use crate::units::{Epoch, PackNumber, RecordNumber, Serial, SlotId, VmGroup};
 
@@ -34,6 +38,10 @@ pub struct Session {
     similar: Mutex<Option<SimilarityIndex>>,
     group: VmGroup,
     popular: PopularView,
+    /// For second sighting; `None` where nobody looks.
+    others: Option<OtherVms>,
+    /// Where the VM's derived data is, of a writer of new blocks.
+    derived: Option<PathBuf>,
     _lock: Box<dyn Guard>,
 }
 
@@ -46,6 +54,10 @@ pub struct PopularView {
     backend: Arc<dyn Backend>,
     memory_bytes_max: usize,
     index: OnceLock<Option<Arc<PopularIndex>>>,
+    /// The common packs, to read the slot tables of those that the index does not have.
+    packs: Arc<Packs>,
+    promoted_bytes_max: usize,
+    promoted: OnceLock<Promoted>,
 }
 
 impl PopularView {
@@ -61,6 +73,9 @@ impl PopularView {
             backend: store.backend().clone(),
             memory_bytes_max: store.shares().popular_bytes,
             index: OnceLock::new(),
+            packs: store.packs(store.common_home()),
+            promoted_bytes_max: store.shares().sighting_bytes / 3 * 2,
+            promoted: OnceLock::new(),
         }
     }
 
@@ -68,9 +83,9 @@ impl PopularView {
         self.state.as_ref().map_or(0, |state| state.popular.epoch)
     }
 
-    /// Whether there are popular blocks: false without any I/O where there never was an election.
-    pub fn has_index(&self) -> bool {
-        self.index().is_some_and(|index| index.entries() > 0)
+    /// Whether there are blocks to be found: false without any I/O where there are no common packs.
+    pub fn has_blocks(&self) -> bool {
+        self.index().is_some_and(|index| index.entries() > 0) || !self.promoted().is_empty()
     }
 
     /// Whether a common slot may go soon (G6): nothing new may refer to it.
@@ -79,10 +94,14 @@ impl PopularView {
         slot.pack().is_common() && condemned.is_some_and(|condemned| condemned.contains(slot.0))
     }
 
-    /// Common slots that may hold a block of this group and may be referred to: hints. Memory only, but for the index
-    /// when it is first wanted.
+    /// Common slots that may hold a block of this group and may be referred to: hints. Memory only, but for the index and
+    /// the slot tables that it does not have, when they are first wanted.
     pub fn hints(&self, group: VmGroup, print: &Fingerprint) -> impl Iterator<Item = SlotId> + '_ {
-        let found: Vec<SlotId> = self.index().iter().flat_map(|index| index.candidates(group, print)).collect();
+        let mut found: Vec<SlotId> = self.index().iter().flat_map(|index| index.candidates(group, print)).collect();
+        if let Some(state) = &self.state {
+            let of_group = |slot: &SlotId| state.popular.group_of(slot.pack()) == group;
+            found.extend(self.promoted().candidates(print).filter(of_group));
+        }
         found.into_iter().filter(move |slot| !self.is_condemned(*slot))
     }
 
@@ -103,6 +122,61 @@ impl PopularView {
             self.current.get(&*self.backend, identity, self.memory_bytes_max)
         };
         self.index.get_or_init(load).as_ref()
+    }
+
+    /// The blocks of common packs that the index does not have: brought since the election by second sighting and by
+    /// batches. So they are found before the next one, and copies that VMs have of them become forwards.
+    fn promoted(&self) -> &Promoted {
+        self.promoted.get_or_init(|| {
+            let mut promoted = Promoted::new(self.promoted_bytes_max);
+            let packs = self.unelected();
+            loop {
+                let done = packs.iter().all(|pack| {
+                    // What cannot be read is not found; `check` tells of it.
+                    if let Err(e) = self.add_promoted(*pack, &mut promoted) {
+                        log::debug!("common pack {pack} is not found in: {e}");
+                    }
+                    !promoted.is_over()
+                });
+                if done {
+                    return promoted.finish();
+                }
+                promoted = promoted.coarser();
+            }
+        })
+    }
+
+    /// The newest common packs that the index does not lead to.
+    fn unelected(&self) -> Vec<PackNumber> {
+        let Some(state) = self.state.as_ref().filter(|state| !state.packs.is_empty()) else { return Vec::new() };
+        let elected = self.index().map(|index| index.packs()).unwrap_or_default();
+        let mut packs = Vec::new();
+        let mut slots = 0;
+        for entry in state.packs.values().rev() {
+            if elected.binary_search_by_key(&entry.number, |row| row.pack).is_ok() {
+                continue;
+            }
+            slots += u64::from(entry.slots);
+            if slots > PROMOTED_SLOTS_MAX {
+                log::info!("some common blocks are not found before the next election: run snapfs popular elect");
+                break;
+            }
+            packs.push(entry.number);
+        }
+        packs
+    }
+
+    fn add_promoted(&self, pack: PackNumber, promoted: &mut Promoted) -> Result<()> {
+        let place = self.packs.locate(pack)?;
+        let index = self.packs.index(&place)?;
+        let member = index.member(pack)?;
+        for page in 0..member.present_pages() {
+            let page = read_slot_page(&**self.packs.backend(), &place, member, page)?;
+            for (slot, print) in page.slots.iter().zip(&page.fingerprints) {
+                promoted.add(print, SlotId::new(pack, *slot));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -125,8 +199,10 @@ impl Session {
     /// `Busy` when another writer has the VM, `Corrupt` when its log is damaged, `NoSpace`, `ReadOnly`,
     /// `Unavailable`.
     pub fn begin(store: &Store, vm: &Arc<Vm>) -> Result<Self> {
-        let session = Self::begin_without_index(store, vm)?;
+        let mut session = Self::begin_without_index(store, vm)?;
         session.open_index(store);
+        session.others = OtherVms::of(store, vm, session.group);
+        session.derived = store.derived_folder(vm.name()).filter(|_| store.promotes());
         Ok(session)
     }
 
@@ -166,6 +242,8 @@ impl Session {
             similar: Mutex::new(None),
             group,
             popular,
+            others: None,
+            derived: None,
             _lock: guard,
         })
     }
@@ -281,6 +359,11 @@ impl Session {
         Some(Arc::new(SlotPage { pack: page.pack, slots, fingerprints }))
     }
 
+    /// The other VMs whose blocks it may notice: for second sighting.
+    pub fn others(&self) -> Option<&OtherVms> {
+        self.others.as_ref()
+    }
+
     /// The VM group whose blocks it may share.
     pub fn group(&self) -> VmGroup {
         self.group
@@ -325,6 +408,15 @@ impl Drop for Session {
     fn drop(&mut self) {
         if let Some(index) = lock(&self.similar).take() {
             index.close();
+        }
+        let Some(folder) = &self.derived else { return };
+        let state = self.vm.state();
+        if !state.exists() {
+            return;
+        }
+        let packs: Vec<PackEntry> = state.packs.values().copied().collect();
+        if let Err(e) = remember_sightings(folder, state.incarnation, self.group, &packs, &self.packs) {
+            log::warn!("VM {:?}: other VMs do not notice what is new: {e}", self.vm.name());
         }
     }
 }

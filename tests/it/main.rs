@@ -34,6 +34,7 @@ mod mount;
 mod mount_helper;
 mod popular;
 mod power;
+mod sighting;
 mod targets;
 mod whole;
 mod world;

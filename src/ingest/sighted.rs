@@ -1,0 +1,65 @@
+//! Second sighting: which of the blocks that a segment would store anew another VM of the group has already. These go to
+//! a common pack and not to the VM's own (I5); the other VM's copy becomes a forward when its pack is rewritten.
+
+use crate::dedup::ladder::{Held, Origin, Plan, plan};
+use crate::fingerprint::Fingerprint;
+use crate::popular::sighting::sighting_hook;
+use crate::store::sightings::OtherVms;
+use crate::units::{RecordNumber, SlotId};
+
+/// Other VMs that one segment is compared with, at the most: those that have most of its hooks.
+const DONORS_MAX: usize = 4;
+
+/// Pages of slot tables of one other VM, at the most: as many as level 2 looks at.
+const PAGES_MAX: usize = 64;
+
+/// How often a comparison is made again with further pages.
+const ROUNDS_MAX: usize = 4;
+
+/// For each block, whether it is new to its VM and another VM has it.
+///
+/// Cost: memory only where no hook is known; else pages of slot tables, cached.
+pub fn sighted(others: &OtherVms, prints: &[Option<Fingerprint>], planned: &Plan) -> Vec<bool> {
+    let mut seen = vec![false; prints.len()];
+    // What is left to be looked for; the rest is as good as zeros.
+    let mut left: Vec<Option<Fingerprint>> =
+        prints.iter().zip(&planned.origins).map(|(print, origin)| print.filter(|_| *origin == Origin::New)).collect();
+    let hooks: Vec<u64> = left.iter().flatten().filter_map(sighting_hook).collect();
+    for (donor, slots) in others.look_up(&hooks).into_iter().take(DONORS_MAX) {
+        // Numbers of packs of different VMs may be equal: one VM at a time.
+        let mut held = Held::default();
+        let mut wanted = slots;
+        let mut found = Vec::new();
+        for _ in 0..ROUNDS_MAX {
+            if !add_pages(others, donor, &mut held, &wanted) {
+                break;
+            }
+            let compared = plan(&left, &[], &held, RecordNumber(0));
+            wanted = compared.wanted;
+            found = compared.origins;
+        }
+        for ((seen, left), origin) in seen.iter_mut().zip(&mut left).zip(found) {
+            if matches!(origin, Origin::Held(_)) {
+                *seen = true;
+                *left = None;
+            }
+        }
+    }
+    seen
+}
+
+/// Adds the pages of these slots; whether there was any.
+fn add_pages(others: &OtherVms, donor: u32, held: &mut Held, wanted: &[SlotId]) -> bool {
+    let before = held.len();
+    for slot in wanted {
+        if held.len() >= PAGES_MAX {
+            break;
+        }
+        if !held.has(*slot)
+            && let Some(page) = others.page_of(donor, *slot)
+        {
+            held.add(page);
+        }
+    }
+    held.len() > before
+}

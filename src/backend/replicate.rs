@@ -74,7 +74,8 @@ pub struct Places {
 }
 
 impl Places {
-    fn all(&self) -> impl Iterator<Item = &Target> {
+    /// All targets that may have a copy, the arbiter first.
+    pub fn all(&self) -> impl Iterator<Item = &Target> {
         self.homes.iter().chain(&self.others)
     }
 }

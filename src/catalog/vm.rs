@@ -510,7 +510,8 @@ pub fn incarnation_by_copies(vm: &str, replicated: &Replicated) -> Result<Option
     for row in replicated.list(&log_prefix(vm))? {
         let Some(entry) = parse_log_name(&row.name) else { continue };
         let key = Key::new(format!("{}/{}", log_prefix(vm), row.name));
-        for target in replicated.places(&key).homes {
+        // While objects move, the homes may have nothing yet.
+        for target in replicated.places(&key).all() {
             let Ok(bytes) = target.read_all(&key, LOG_RECORD_BYTES_MAX) else { continue };
             let told = match entry {
                 LogEntry::Record(_) => Record::from_object(&bytes).map(|record| record.incarnation),

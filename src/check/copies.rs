@@ -114,10 +114,15 @@ impl CopyCheck<'_> {
 
     /// A VM, or the common home.
     fn check_home(&mut self, vm: &Arc<Vm>) -> Result<()> {
-        let Some(incarnation) = incarnation_by_copies(vm.name(), self.replicated)? else { return Ok(()) };
         let prefix = log_prefix(vm.name());
         let homes = self.replicated.places(&prefix).homes;
         let rows = self.replicated.list(&prefix)?;
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let Some(incarnation) = incarnation_by_copies(vm.name(), self.replicated)? else {
+            return Err(corrupt(format!("{prefix}: no copy of any record can be read")));
+        };
         let entries: Vec<(LogEntry, String)> =
             rows.into_iter().filter_map(|row| Some((parse_log_name(&row.name)?, row.name))).collect();
         let oldest = oldest_needed(&entries);

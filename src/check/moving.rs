@@ -16,9 +16,10 @@ use serde::Serialize;
 
 use crate::backend::local::Local;
 use crate::backend::placement::TargetId;
-use crate::backend::replicate::Replicated;
+use crate::backend::replicate::{Layout, Replicated};
+use crate::backend::target::Target;
 use crate::backend::{Backend, Guard, Key};
-use crate::catalog::vm::{COMMON_HOME, title};
+use crate::catalog::vm::{COMMON_HOME, LogEntry, log_prefix, parse_log_name, title};
 use crate::check::copies::check_copies;
 use crate::check::store::{CheckOptions, CheckReport};
 use crate::clock::Clock;
@@ -315,6 +316,7 @@ fn delete_misplaced(replicated: &Replicated) -> Result<u64> {
             if is_home(&Key::new(format!("vms/{}/log", vm.name))) {
                 continue;
             }
+            must_be_at_home(&layout, target, &log_prefix(&vm.name))?;
             for folder in VM_FOLDERS {
                 let folder = Key::new(format!("vms/{}/{folder}", vm.name));
                 deleted += delete_all(target, &folder, &|_| false)?;
@@ -323,6 +325,27 @@ fn delete_misplaced(replicated: &Replicated) -> Result<u64> {
         deleted += delete_all(target, &Key::new("common/packs"), &is_home)?;
     }
     Ok(deleted)
+}
+
+/// Refuses to go on where a target has a newer record of a log than the log's arbiter: then its objects are not where they
+/// belong, whatever was counted, and what lies here may be all there is.
+fn must_be_at_home(layout: &Layout, target: &Target, log: &Key) -> Result<()> {
+    let newest = |at: &Target| -> Result<u32> {
+        let numbers = at.list(log)?.into_iter().filter_map(|row| match parse_log_name(&row.name)? {
+            LogEntry::Record(number) => Some(number.0),
+            LogEntry::Checkpoint(_) => None,
+        });
+        Ok(numbers.max().unwrap_or(0))
+    };
+    let places = layout.places(log.as_str());
+    let Some(arbiter) = places.homes.first() else { return Ok(()) };
+    let (here, there) = (newest(target)?, newest(arbiter)?);
+    if here > there {
+        let (here_name, arbiter_name) = (target.name(), arbiter.name());
+        let what = format!("{log}: {here_name} has record {here}, {arbiter_name} has {there}: nothing is deleted");
+        return Err(corrupt(what));
+    }
+    Ok(())
 }
 
 fn delete_all(target: &dyn Backend, folder: &Key, keep: &dyn Fn(&Key) -> bool) -> Result<u64> {

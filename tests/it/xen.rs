@@ -284,9 +284,9 @@ fn what_is_wrong_is_told_in_hotplug_error() {
     drop(other.stdin.take());
     other.wait().unwrap();
     // The program is missing, or it hangs: whatever happens, libxl hears of it before its own patience ends.
-    host.edit("block-snapfs", "\nlimit=30", "\nlimit=1");
+    host.edit("block-snapfs", "\nlimit=30", "\nlimit=3");
     host.edit("block-snapfs", "PATH=$PATH:/usr/local/sbin:/usr/local/bin", "");
-    for (body, word) in [("exec sleep 600", "no answer within 1 seconds"), ("echo /dev/nothing", "got no block device")]
+    for (body, word) in [("exec sleep 600", "no answer within 3 seconds"), ("echo /dev/nothing", "got no block device")]
     {
         host.prepare("web01/a.img", "r");
         host.tool("snapfs", body);

@@ -36,7 +36,7 @@ pub struct Batch {
     #[command(flatten)]
     store: StoreArg,
 
-    /// The images: SNAPSHOT<TAB>SOURCE[<TAB>HOST[<TAB>MAP]] a line
+    /// The images: SNAPSHOT, SOURCE and, if wanted, HOST and MAP, with tabs between them, a line each
     #[arg(value_name = "JOBFILE")]
     jobs: PathBuf,
 

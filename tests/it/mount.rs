@@ -255,7 +255,8 @@ fn i9_what_close_and_fsync_acknowledged_survives_kill_9() {
     mount.kill();
     drop(open);
     let dead = std::fs::read_dir(place.path("mnt")).unwrap_err();
-    assert_eq!(dead.raw_os_error(), Some(libc::ENOTCONN));
+    // The second for a request that was under way while the daemon died.
+    assert!(matches!(dead.raw_os_error(), Some(libc::ENOTCONN | libc::ECONNABORTED)), "{dead}");
     // The dead mountpoint is taken over, and what was closed before gets its grace time anew.
     let mount = place.mount(SOON);
     same(&place.read("mnt/web01/closed.img"), &bytes, "closed");

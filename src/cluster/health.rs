@@ -3,9 +3,14 @@
 use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::cluster::link::Link;
 use crate::error::{Error, ErrorKind, Result};
+
+/// How often, and after which wait, a host is told the reason again whose connection is busy.
+const LAST_WORDS_TRIES: u32 = 100;
+const LAST_WORDS_WAIT: Duration = Duration::from_millis(10);
 
 /// Shared by all threads of a job.
 #[derive(Default)]
@@ -47,7 +52,14 @@ impl Health {
         self.failed.store(true, Ordering::SeqCst);
         // The others learn why, as far as they still listen; then every thread that waits for them wakes up.
         let links = std::mem::take(&mut *self.links.lock().unwrap_or_else(PoisonError::into_inner));
-        links.iter().for_each(|link| link.abort(&text));
+        let mut untold: Vec<_> = links.iter().collect();
+        for _ in 0..LAST_WORDS_TRIES {
+            untold.retain(|link| !link.abort(&text));
+            if untold.is_empty() {
+                break;
+            }
+            std::thread::sleep(LAST_WORDS_WAIT);
+        }
         links.iter().for_each(|link| link.shut(Shutdown::Both));
     }
 

@@ -79,6 +79,10 @@ impl std::fmt::Debug for Link {
     }
 }
 
+fn is_timeout(cause: &io::Error) -> bool {
+    matches!(cause.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
+}
+
 fn checksum(key: &[u8; 32], sequence: u64, head: &[u8], body: &[u8]) -> [u8; CHECKSUM_BYTES] {
     let mut hasher = blake3::Hasher::new_keyed(key);
     hasher.update(&sequence.to_le_bytes()).update(head).update(body);
@@ -124,18 +128,18 @@ impl Link {
     /// Tells the peer that this side lives. Waits while data is being sent, which tells the same.
     pub fn beat(&self) {
         if let Err(e) = self.send(Kind::Beat, &[]) {
-            self.fail(e);
+            self.fail_send(e);
         }
     }
 
-    /// Tells the peer why the job ends, if it can be told at once.
-    pub(super) fn abort(&self, why: &str) {
-        let Ok(mut writer) = self.0.writer.try_lock() else { return };
-        // Too late or not, nobody waits for it.
+    /// Tells the peer why the job ends. `false`: data is being sent to it, which must end first.
+    pub(super) fn abort(&self, why: &str) -> bool {
+        let Ok(mut writer) = self.0.writer.try_lock() else { return false };
         let text: String = why.chars().take(1000).collect();
         if let Err(e) = self.send_locked(&mut writer, Kind::Abort, text.as_bytes()) {
             log::debug!("{}: was not told: {e}", self.0.peer);
         }
+        true
     }
 
     /// Ends one or both directions; who waits for the peer wakes up.
@@ -150,6 +154,35 @@ impl Link {
         }
     }
 
+    /// After data could not be sent. A peer that ends the job tells why before it goes, so its last words come first:
+    /// "host 1 was lost" is the reason, and not that the host which said so is gone too.
+    fn fail_send(&self, cause: io::Error) {
+        if is_timeout(&cause) {
+            return self.fail(self.lost(cause));
+        }
+        let mut reader = self.0.reader.lock().unwrap_or_else(PoisonError::into_inner);
+        while !reader.is_over {
+            match self.receive(&mut reader) {
+                Ok((Kind::Abort, body)) => {
+                    reader.end();
+                    return self.fail(self.gave_up(&body));
+                }
+                Ok(_) => {}
+                Err(e) => {
+                    log::debug!("after a failure to send: {e}");
+                    reader.end();
+                }
+            }
+        }
+        drop(reader);
+        self.fail(self.lost(cause));
+    }
+
+    fn gave_up(&self, body: &[u8]) -> Error {
+        let why = String::from_utf8_lossy(body).replace(|c: char| c.is_control(), " ");
+        Error::new(ErrorKind::Unavailable, format!("{} gave up: {why}", self.0.peer))
+    }
+
     fn count(&self, sent: usize, received: usize) {
         if let Some(health) = self.0.health.upgrade() {
             health.count(sent as u64, received as u64);
@@ -157,20 +190,17 @@ impl Link {
     }
 
     fn lost(&self, cause: io::Error) -> Error {
-        let what = match cause.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => "is stuck: it was silent for too long",
-            _ => "was lost",
-        };
+        let what = if is_timeout(&cause) { "is stuck: it was silent for too long" } else { "was lost" };
         let what = format!("{} {what}; when all hosts are well, start the job again on all of them", self.0.peer);
         Error::new(ErrorKind::Unavailable, what).because(cause)
     }
 
-    fn send(&self, kind: Kind, body: &[u8]) -> Result<()> {
+    fn send(&self, kind: Kind, body: &[u8]) -> io::Result<()> {
         let mut writer = self.0.writer.lock().unwrap_or_else(PoisonError::into_inner);
         self.send_locked(&mut writer, kind, body)
     }
 
-    fn send_locked(&self, writer: &mut WriteSide, kind: Kind, body: &[u8]) -> Result<()> {
+    fn send_locked(&self, writer: &mut WriteSide, kind: Kind, body: &[u8]) -> io::Result<()> {
         // After the end nothing is sent: a beat that comes late is no error.
         if writer.is_done {
             return Ok(());
@@ -183,7 +213,7 @@ impl Link {
         writer.sequence += 1;
         writer.is_done = kind == Kind::Done;
         let frame = [&head[..], body, &sum].concat();
-        (&self.0.socket).write_all(&frame).map_err(|e| self.lost(e))?;
+        (&self.0.socket).write_all(&frame)?;
         self.count(frame.len(), 0);
         Ok(())
     }
@@ -220,10 +250,7 @@ impl Link {
             match kind {
                 Kind::Beat => {}
                 Kind::Data => reader.take(&body).map_err(|e| e.within(&self.0.peer))?,
-                Kind::Abort => {
-                    let why = String::from_utf8_lossy(&body).replace(|c: char| c.is_control(), " ");
-                    return Err(Error::new(ErrorKind::Unavailable, format!("{} gave up: {why}", self.0.peer)));
-                }
+                Kind::Abort => return Err(self.gave_up(&body)),
                 Kind::Done if reader.is_last_seen => return Ok(false),
                 Kind::Done => return Err(corrupt(format!("{}: ended within a message", self.0.peer))),
             }
@@ -299,7 +326,7 @@ impl Write for Link {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         for part in bytes.chunks(LINK_FRAME_BYTES_MAX) {
             if let Err(e) = self.send(Kind::Data, part) {
-                self.fail(e);
+                self.fail_send(e);
                 break;
             }
         }
@@ -323,7 +350,7 @@ impl Stream for Link {
     fn shutdown(&self, _: Shutdown) -> io::Result<()> {
         let is_failed = self.0.health.upgrade().is_none_or(|health| health.is_failed());
         if !is_failed && let Err(e) = self.send(Kind::Done, &[]) {
-            self.fail(e);
+            self.fail_send(e);
         }
         Ok(())
     }

@@ -399,7 +399,12 @@ fn a_killed_process_ends_the_job_with_its_name_and_the_job_goes_on() {
             .finished(&Local::open(world.folder.path()).unwrap())
             .unwrap();
         let count = finished.iter().filter(|f| **f).count();
-        assert_eq!(count > 0, end != End::Scan, "{end:?}: {count} partitions were finished");
+        match end {
+            End::Scan => assert_eq!(count, 0),
+            // A verdict comes from a partition that is finished; of a host that judges its first one, none need be.
+            End::Verdict => assert!(count > 0),
+            _ => {}
+        }
         world.finish();
     }
 }

@@ -152,6 +152,8 @@ wire_enum! {
         18 => Fence { before: RecordNumber },
         /// The VM belongs to this VM group from now on; an empty name: to that of all VMs without one.
         19 => Group { name: String },
+        /// So many bytes of a snapshot cannot be read any more, as a repair found that could not heal them; 0: all can.
+        20 => Mark { file: FileId, lost_bytes: u64 },
     }
 }
 

@@ -123,6 +123,8 @@ pub struct VmState {
     pub group: String,
     /// Of the common home only.
     pub popular: Popular,
+    /// Snapshots of which a repair found bytes that cannot be read any more, and how many.
+    pub lost: BTreeMap<FileId, u64>,
     names: BTreeMap<(Option<String>, String), FileId>,
 }
 
@@ -211,6 +213,7 @@ impl VmState {
                     self.condemned.insert(file.root, record.time);
                 }
                 self.names.clear();
+                self.lost.clear();
                 self.disks.clear();
                 self.attributes = None;
             }
@@ -303,6 +306,13 @@ impl VmState {
                 }
                 self.group.clone_from(name);
             }
+            Op::Mark { file, lost_bytes } => {
+                self.file_mut(*file)?;
+                match lost_bytes {
+                    0 => self.lost.remove(file),
+                    bytes => self.lost.insert(*file, *bytes),
+                };
+            }
         }
         Ok(())
     }
@@ -364,6 +374,7 @@ impl VmState {
             protected: old.is_some_and(|o| o.protected),
             commits: old.map_or(0, |o| o.commits).saturating_add(1),
         };
+        self.lost.remove(&commit.file);
         self.names.insert(name, commit.file);
         self.files.insert(commit.file, entry);
         Ok(())
@@ -372,6 +383,7 @@ impl VmState {
     fn forget(&mut self, id: FileId, time: Timestamp) -> Result<()> {
         let entry = self.files.remove(&id).ok_or_else(|| corrupt(format!("forgets file {id} that is not there")))?;
         self.condemned.insert(entry.root, time);
+        self.lost.remove(&id);
         self.names.remove(&(entry.disk, entry.name));
         Ok(())
     }
@@ -426,6 +438,10 @@ impl Wire for VmState {
         self.dropping.put(out);
         self.group.put(out);
         Some(&self.popular).filter(|popular| **popular != Popular::default()).cloned().put(out);
+        // Seldom there, and last: nothing at all says that there are none.
+        if !self.lost.is_empty() {
+            self.lost.iter().map(|(file, bytes)| (*file, *bytes)).collect::<Vec<_>>().put(out);
+        }
     }
 
     fn take(reader: &mut Reader<'_>) -> Result<Self> {
@@ -442,12 +458,21 @@ impl Wire for VmState {
         let popular: Option<Popular> = Wire::take(reader)?;
         let is_spelled_out = popular.as_ref().is_some_and(|popular| *popular == Popular::default());
         let popular = popular.unwrap_or_default();
+        let has_losses = reader.remaining() > 0;
+        let lost: Vec<(FileId, u64)> = if has_losses { Wire::take(reader)? } else { Vec::new() };
         let names: BTreeMap<_, _> = files.iter().map(|f| ((f.disk.clone(), f.name.clone()), f.id)).collect();
         let ordered = disks.windows(2).all(|w| matches!(w, [a, b] if a.0 < b.0))
             && files.windows(2).all(|w| matches!(w, [a, b] if a.id < b.id))
             && packs.windows(2).all(|w| matches!(w, [a, b] if a.number < b.number))
             && condemned.windows(2).all(|w| matches!(w, [a, b] if a.0 < b.0));
         let ordered = ordered && popular.groups.windows(2).all(|w| matches!(w, [a, b] if a.0 < b.0));
+        let is_spelled_out = is_spelled_out || (has_losses && lost.is_empty());
+        let are_files = |lost: &[(FileId, u64)]| {
+            let is_there = |file: &FileId| files.binary_search_by_key(file, |f| f.id).is_ok();
+            lost.iter().all(|(file, bytes)| *bytes > 0 && is_there(file))
+                && lost.windows(2).all(|w| matches!(w, [a, b] if a.0 < b.0))
+        };
+        let ordered = ordered && are_files(&lost);
         if !ordered || is_spelled_out || names.len() != files.len() {
             return Err(corrupt("state: lists out of order"));
         }
@@ -463,6 +488,7 @@ impl Wire for VmState {
             dropping,
             group,
             popular,
+            lost: lost.into_iter().collect(),
             names,
         })
     }

@@ -9,6 +9,8 @@ use crate::catalog::hold::{HoldId, hold_key};
 use crate::catalog::roots::root_key;
 use crate::catalog::state::VmState;
 use crate::catalog::vm::{COMMON_HOME, home_folder, log_prefix, pack_key};
+use crate::check::losses::Lost;
+use crate::check::trees::packs_of;
 use crate::units::{ObjectId, PackNumber, RootId, SlotId};
 
 /// Findings that are kept. More are only counted.
@@ -16,6 +18,9 @@ pub const FINDINGS_MAX: usize = 10_000;
 
 /// Names of snapshots that a finding tells. A damaged base image concerns all that came after it.
 const SNAPSHOTS_MAX: usize = 32;
+
+/// Lists of ranges that are kept, of all findings together (about 6 MiB). Of more snapshots only the names are told.
+pub const LOST_MAX: usize = 16_384;
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -38,6 +43,8 @@ pub struct Finding {
     pub object: String,
     /// The snapshots that it concerns, as far as is known; not all when they are many.
     pub snapshots: Vec<String>,
+    /// Which bytes of these cannot be read, as far as is known.
+    pub lost: Vec<Lost>,
     /// What is wrong with it.
     pub what: String,
     /// How bad it is.
@@ -68,8 +75,20 @@ struct Fault {
     what: String,
     count: u64,
     snapshots: BTreeSet<String>,
+    lost: Vec<Lost>,
     // The first root below which it was found; `None` for what was found without one.
     root: Option<RootId>,
+}
+
+impl Subject {
+    /// What the slots of a pack of a VM with this state are part of; `common` is the state of the common home.
+    pub fn of_pack(pack: PackNumber, state: &VmState, common: Option<&VmState>) -> Self {
+        if pack.is_common() {
+            let entry = common.and_then(|common| common.packs.get(&pack));
+            return entry.map_or(Self::Unknown(pack), |entry| Self::Common(entry.object));
+        }
+        state.packs.get(&pack).map_or(Self::Unknown(pack), |entry| Self::Object(entry.object))
+    }
 }
 
 /// The faults of one VM.
@@ -77,6 +96,7 @@ struct Fault {
 pub struct Faults {
     found: BTreeMap<(Subject, Severity), Fault>,
     dropped: u64,
+    lost_kept: usize,
     /// Packs of which nothing can be read.
     pub lost_packs: BTreeSet<PackNumber>,
     /// Slots that cannot be read or are not what they should be.
@@ -123,8 +143,13 @@ impl Faults {
         !self.lost_packs.is_empty() || !self.lost_slots.is_empty()
     }
 
+    /// Whether any of these slots is lost.
+    pub fn touch(&self, slots: &RoaringTreemap) -> bool {
+        !slots.is_disjoint(&self.lost_slots) || packs_of(slots).iter().any(|pack| self.lost_packs.contains(pack))
+    }
+
     /// A snapshot stands on what an object has lost.
-    pub fn concern(&mut self, subject: &Subject, name: &str) {
+    pub fn concern(&mut self, subject: &Subject, lost: Lost) {
         if let Subject::Common(_) = subject
             && !self.found.contains_key(&(subject.clone(), Severity::Must))
         {
@@ -132,7 +157,11 @@ impl Faults {
             self.note(subject.clone(), Severity::Must, "blocks that this VM needs are lost in it");
         }
         if let Some(fault) = self.found.get_mut(&(subject.clone(), Severity::Must)) {
-            fault.concern(name);
+            fault.concern(&lost.snapshot);
+            if fault.lost.len() < SNAPSHOTS_MAX && lost.bytes > 0 && self.lost_kept < LOST_MAX {
+                self.lost_kept += 1;
+                fault.lost.push(lost);
+            }
         }
     }
 
@@ -169,6 +198,7 @@ impl Faults {
                 Subject::Other(key) => key.clone(),
             },
             snapshots: fault.snapshots.into_iter().collect(),
+            lost: fault.lost,
             what: match fault.count {
                 0 | 1 => fault.what,
                 more => format!("{} (and {} more)", fault.what, more - 1),

@@ -1,11 +1,11 @@
 //! The invariants as a program: reads everything that a store should have, and says what is missing or wrong.
-//! Changes nothing (but for [`rebuild()`] and, when asked for, [`copies`] and [`mend`]), needs no lock, and runs beside writers and collection.
+//! Changes nothing (but for [`rebuild()`] and, when asked for, [`copies`], [`mend`] and the marks of [`losses`]), needs no lock, and runs beside writers and collection.
 //!
 //! ```text
 //!   common:   log ── objects, popular index
 //!   each VM:  log ── objects: length, header, index, slot table, frames      (I1, I3, I4)
 //!    holds ────┴──── snapshots: root, group pages, recipes, their slots      (I1, I2, I5)
-//!                     └── which snapshots a damaged object concerns
+//!                     └── which bytes of which snapshots stand on a damaged object
 //! ```
 
 pub mod store;
@@ -25,6 +25,8 @@ pub mod moving;
 pub mod holds;
 
 pub mod trees;
+
+pub mod losses;
 
 pub mod objects;
 

@@ -5,7 +5,7 @@ use serde::Serialize;
 use crate::backend::Key;
 use crate::check::common::Common;
 use crate::check::copies::check_copies;
-use crate::check::faults::{FINDINGS_MAX, Finding, Severity};
+use crate::check::faults::{FINDINGS_MAX, Finding, LOST_MAX, Severity};
 use crate::check::live::LiveImage;
 use crate::check::mend::mend_store;
 use crate::check::vm::check_vm;
@@ -20,7 +20,8 @@ pub struct CheckOptions {
     pub read_data: bool,
     /// Read this share of the frames, at random, at least one of each pack: from 0 to 100. `read_data` reads all.
     pub sample_percent: Option<f64>,
-    /// Put back copies that are missing, and replace damaged ones, in a store over several targets.
+    /// Put back copies that are missing, and replace damaged ones, in a store over several targets; mark in the log which
+    /// snapshots have lost bytes that could not be healed.
     pub repair: bool,
 }
 
@@ -61,8 +62,16 @@ pub struct CheckReport {
     pub frames_mended: u64,
     /// Such frames that could not be.
     pub frames_unmended: u64,
+    /// Snapshots that the log marks as damaged: a repair found bytes of them that it could not heal.
+    pub snapshots_damaged: u64,
+    /// Of these, snapshots that were marked, or with another number of bytes, by this check.
+    pub snapshots_marked: u64,
+    /// Marks that this check took away.
+    pub snapshots_unmarked: u64,
     /// Targets that are not there.
     pub targets_away: Vec<String>,
+    #[serde(skip)]
+    lost_kept: usize,
 }
 
 impl CheckReport {
@@ -73,7 +82,11 @@ impl CheckReport {
 
     pub(crate) fn add(&mut self, findings: Vec<Finding>, dropped: u64) {
         self.findings_dropped += dropped;
-        for finding in findings {
+        for mut finding in findings {
+            if self.lost_kept + finding.lost.len() > LOST_MAX {
+                finding.lost.clear();
+            }
+            self.lost_kept += finding.lost.len();
             self.damaged += u64::from(finding.severity == Severity::Must);
             if self.findings.len() < FINDINGS_MAX {
                 self.findings.push(finding);
@@ -84,7 +97,7 @@ impl CheckReport {
     }
 
     pub(crate) fn add_one(&mut self, vm: &str, object: String, what: String, severity: Severity) {
-        let finding = Finding { vm: vm.to_owned(), object, snapshots: Vec::new(), what, severity };
+        let finding = Finding { vm: vm.to_owned(), object, snapshots: Vec::new(), lost: Vec::new(), what, severity };
         self.add(vec![finding], 0);
     }
 }

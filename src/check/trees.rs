@@ -1,6 +1,6 @@
 //! Checks snapshots: root page, group pages, recipes, and that all slots that they use are there (I1, I2, I5).
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 
 use roaring::RoaringTreemap;
 
@@ -19,16 +19,13 @@ use crate::units::{PackNumber, RootId, SlotId};
 /// Group pages whose number of blocks is remembered (16 MiB). Beyond, sums are not compared.
 const PAGES_COUNTED_MAX: usize = 1 << 18;
 
-/// Group pages remembered as standing on something that is lost.
-const PAGES_CONCERNED_MAX: usize = 1 << 16;
-
 /// Checks the snapshots of one VM. A page that many share is checked once.
 pub struct TreeCheck<'a> {
     vm: &'a Vm,
     packs: &'a Packs,
     state: &'a VmState,
     common: Option<&'a VmState>,
-    held: BTreeMap<RootId, String>,
+    held: &'a BTreeMap<RootId, String>,
     seen: RoaringTreemap,
     blocks: HashMap<u64, u32>,
 }
@@ -43,35 +40,27 @@ impl<'a> TreeCheck<'a> {
         packs: &'a Packs,
         state: &'a VmState,
         common: Option<&'a VmState>,
-        held: BTreeMap<RootId, String>,
+        held: &'a BTreeMap<RootId, String>,
     ) -> Self {
         Self { vm, packs, state, common, held, seen: RoaringTreemap::new(), blocks: HashMap::new() }
     }
 
-    /// Checks them all, and names those that stand on what was found lost.
+    /// Checks them all.
     pub fn check(&mut self, faults: &mut Faults) {
         for file in self.state.files.values() {
             self.check_snapshot(file.root, &full_name(self.vm.name(), file), Some(file), faults);
         }
-        let held = std::mem::take(&mut self.held);
-        for (root, name) in &held {
+        for (root, name) in self.held {
             self.check_snapshot(*root, name, None, faults);
         }
-        self.held = held;
-        self.name_concerned(faults);
     }
 
     fn read_root(&self, id: RootId) -> Result<RootPage> {
         read_root(&**self.vm.backend(), self.vm.name(), self.state.incarnation, id)
     }
 
-    /// What a slot of a recipe pack or a data pack is part of.
     fn subject(&self, pack: PackNumber) -> Subject {
-        if pack.is_common() {
-            let entry = self.common.and_then(|common| common.packs.get(&pack));
-            return entry.map_or(Subject::Unknown(pack), |entry| Subject::Common(entry.object));
-        }
-        self.state.packs.get(&pack).map_or(Subject::Unknown(pack), |entry| Subject::Object(entry.object))
+        Subject::of_pack(pack, self.state, self.common)
     }
 
     /// Checks one snapshot; `file` is what the log says of it. Cost: its root page, and the group pages and recipes
@@ -231,63 +220,10 @@ impl<'a> TreeCheck<'a> {
         let member = index.member(pack)?;
         Ok(slots_of(used, pack).filter(|slot| !member.has(slot.slot())).collect())
     }
-
-    /// Names the snapshots that stand on what was found lost. Cost: nothing when nothing is; else all group pages.
-    fn name_concerned(&self, faults: &mut Faults) {
-        if !faults.has_losses() {
-            return;
-        }
-        let mut whole = RoaringTreemap::new();
-        let mut concerned: HashMap<u64, BTreeSet<Subject>> = HashMap::new();
-        let files = self.state.files.values().map(|file| (file.root, full_name(self.vm.name(), file)));
-        let held = self.held.iter().map(|(root, name)| (*root, name.clone()));
-        for (id, name) in files.chain(held) {
-            let Ok(root) = self.read_root(id) else { continue };
-            let mut subjects = BTreeSet::new();
-            for group in &root.groups {
-                let slot = group.page.slot;
-                if whole.contains(slot.0) {
-                    continue;
-                }
-                if let Some(known) = concerned.get(&slot.0) {
-                    subjects.extend(known.iter().cloned());
-                    continue;
-                }
-                let found = self.losses_of(group, faults);
-                if found.is_empty() {
-                    whole.insert(slot.0);
-                } else {
-                    subjects.extend(found.iter().cloned());
-                    if concerned.len() < PAGES_CONCERNED_MAX {
-                        concerned.insert(slot.0, found);
-                    }
-                }
-            }
-            for subject in subjects {
-                faults.concern(&subject, &name);
-            }
-        }
-    }
-
-    fn losses_of(&self, group: &GroupRef, faults: &Faults) -> BTreeSet<Subject> {
-        let slot = group.page.slot;
-        if faults.is_lost(slot) {
-            return BTreeSet::from([self.subject(slot.pack())]);
-        }
-        let Ok(page) = read_group(self.packs, &group.page) else { return BTreeSet::from([self.subject(slot.pack())]) };
-        let mut packs: BTreeMap<PackNumber, ()> = BTreeMap::new();
-        let recipes = page.recipes.iter().flatten().map(|place| place.slot);
-        packs.extend(recipes.filter(|slot| faults.is_lost(*slot)).map(|slot| (slot.pack(), ())));
-        for slots in [&page.slots, &page.common] {
-            packs.extend((slots & &faults.lost_slots).iter().map(|slot| (SlotId(slot).pack(), ())));
-            packs.extend(packs_of(slots).into_iter().filter(|p| faults.lost_packs.contains(p)).map(|p| (p, ())));
-        }
-        packs.into_keys().map(|pack| self.subject(pack)).collect()
-    }
 }
 
 /// The packs whose slots are in a bitmap.
-fn packs_of(slots: &RoaringTreemap) -> Vec<PackNumber> {
+pub(super) fn packs_of(slots: &RoaringTreemap) -> Vec<PackNumber> {
     let mut packs = Vec::new();
     let mut rest = slots.iter();
     while let Some(slot) = rest.next() {

@@ -11,6 +11,7 @@ use crate::catalog::vm::{LogEntry, Vm, home_folder, log_prefix, parse_log_name};
 use crate::check::common::Common;
 use crate::check::faults::{Faults, Severity, Subject};
 use crate::check::holds::Holds;
+use crate::check::losses::{mark, name_losses};
 use crate::check::objects::ObjectCheck;
 use crate::check::store::{CheckOptions, CheckReport};
 use crate::check::trees::TreeCheck;
@@ -57,7 +58,9 @@ pub fn check_vm(
     report.snapshots += state.files.len() as u64;
     report.snapshots_held += held.len() as u64;
     let packs = store.packs(&vm);
-    TreeCheck::new(&vm, &packs, &state, common.state.as_deref(), held).check(&mut faults);
+    let shared = common.state.as_deref();
+    TreeCheck::new(&vm, &packs, &state, shared, &held).check(&mut faults);
+    let lost = name_losses(&vm, &packs, &state, shared, &held, &mut faults);
     if whole {
         count_leaks(&vm, &mut faults, report)?;
     }
@@ -68,6 +71,17 @@ pub fn check_vm(
     }
     let (findings, dropped) = faults.into_findings(vm.name());
     report.add(findings, dropped);
+    // What is on a target that is away is not lost.
+    if options.repair && whole && report.targets_away.is_empty() {
+        match mark(&vm, &state, &lost, options.read_data) {
+            Ok((marked, unmarked)) => {
+                report.snapshots_marked += marked;
+                report.snapshots_unmarked += unmarked;
+            }
+            Err(e) => report.add_one(vm.name(), log, format!("losses cannot be marked: {e}"), Severity::Should),
+        }
+    }
+    report.snapshots_damaged += vm.state().lost.len() as u64;
     Ok(())
 }
 

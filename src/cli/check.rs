@@ -3,12 +3,16 @@
 use std::path::{Path, PathBuf};
 
 use crate::check::live::LiveImage;
+use crate::check::losses::Lost;
 use crate::check::{CheckOptions, Finding, Progress as Checked, check_store_from, rebuild};
 use crate::cli::output::{self, Progress};
 use crate::cli::store_arg::StoreArg;
 use crate::cli::{DAMAGED, DONE, FAILED, Outcome};
 use crate::error::Result;
 use crate::ingest::source::Source;
+
+/// Ranges of a snapshot that a line shows; the JSON has more of them.
+const RANGES_SHOWN: usize = 4;
 
 /// Shown by `--help`.
 pub const EXAMPLES: &str = "\
@@ -34,7 +38,8 @@ pub struct Check {
     #[arg(long, value_name = "PERCENT", value_parser = parse_percent, conflicts_with = "read_data")]
     sample: Option<f64>,
 
-    /// Put back copies that are missing and replace damaged ones, in a store over several targets
+    /// Put back copies that are missing and replace damaged ones, in a store over several targets; mark snapshots of
+    /// which bytes are lost for good, and take the mark from those that were healed (with --read-data)
     #[arg(long)]
     repair: bool,
 
@@ -111,6 +116,12 @@ impl Check {
                     report.frames_mended, report.frames_unmended
                 ));
             }
+            if report.snapshots_damaged + report.snapshots_unmarked > 0 {
+                text.push_str(&format!(
+                    "snapshots marked as damaged {}, marked now {}, marks taken away {}\n",
+                    report.snapshots_damaged, report.snapshots_marked, report.snapshots_unmarked
+                ));
+            }
             if report.snapshots_held > 0 {
                 text.push_str(&format!("{} more snapshots are forgotten and held\n", report.snapshots_held));
             }
@@ -155,11 +166,24 @@ impl LiveImage for Live {
 }
 
 fn as_line(finding: &Finding) -> String {
-    let concerns = match finding.snapshots.as_slice() {
-        [] => String::new(),
-        names => format!(" (concerns {})", names.join(", ")),
-    };
+    let concerned: Vec<String> = finding
+        .snapshots
+        .iter()
+        .map(|name| match finding.lost.iter().find(|lost| lost.snapshot == *name) {
+            Some(lost) => format!("{name}: {}", as_ranges(lost)),
+            None => name.clone(),
+        })
+        .collect();
+    let concerns = if concerned.is_empty() { String::new() } else { format!(" (concerns {})", concerned.join("; ")) };
     format!("{}: {}{concerns}\n", finding.object, finding.what)
+}
+
+fn as_ranges(lost: &Lost) -> String {
+    let shown = lost.ranges.iter().take(RANGES_SHOWN);
+    let ranges: Vec<String> = shown.map(|range| format!("{}+{}", range.offset, range.bytes)).collect();
+    let more = lost.ranges_more + lost.ranges.len().saturating_sub(RANGES_SHOWN) as u64;
+    let more = if more > 0 { format!(" and {more} more ranges") } else { String::new() };
+    format!("{} bytes at {}{more}", lost.bytes, ranges.join(", "))
 }
 
 fn parse_percent(text: &str) -> std::result::Result<f64, String> {

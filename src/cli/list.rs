@@ -49,6 +49,8 @@ struct Row {
     new_bytes: Option<u64>,
     sealed: bool,
     protected: bool,
+    /// Bytes that cannot be read any more, by the last repair.
+    lost_bytes: u64,
     received: String,
     mtime: String,
 }
@@ -134,6 +136,7 @@ impl Listing {
             new_bytes,
             sealed: file.sealed.is_some(),
             protected: file.protected,
+            lost_bytes: state.lost.get(&file.id).copied().unwrap_or(0),
             received: output::time(file.received),
             mtime: output::time(file.mtime),
         });
@@ -142,7 +145,7 @@ impl Listing {
 
 fn as_table(rows: &[Row], with_drafts: bool) -> String {
     let mut header = vec!["NAME", "SIZE", "DATA", "NEW", "CREATED"];
-    let with_state = with_drafts || rows.iter().any(|row| row.protected);
+    let with_state = with_drafts || rows.iter().any(|row| row.protected || row.lost_bytes > 0);
     if with_state {
         header.push("STATE");
     }
@@ -151,7 +154,7 @@ fn as_table(rows: &[Row], with_drafts: bool) -> String {
         let mut cells =
             vec![row.name.clone(), output::size(row.size), output::size(row.data_bytes), new, row.received.clone()];
         if with_state {
-            cells.push(output::state(row.sealed, row.protected).to_owned());
+            cells.push(output::state(row.sealed, row.protected, row.lost_bytes > 0));
         }
         cells
     };

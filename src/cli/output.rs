@@ -62,12 +62,9 @@ pub fn size(bytes: u64) -> String {
 }
 
 /// What a file is, in words.
-pub fn state(is_sealed: bool, is_protected: bool) -> &'static str {
-    match (is_sealed, is_protected) {
-        (true, true) => "sealed, protected",
-        (true, false) => "sealed",
-        (false, _) => "draft",
-    }
+pub fn state(is_sealed: bool, is_protected: bool, is_damaged: bool) -> String {
+    let flags = [(is_sealed, "sealed"), (!is_sealed, "draft"), (is_protected, "protected"), (is_damaged, "damaged")];
+    flags.into_iter().filter(|(on, _)| *on).map(|(_, name)| name).collect::<Vec<_>>().join(", ")
 }
 
 /// Seconds of a point in time as ISO 8601, UTC.

@@ -39,6 +39,8 @@ struct Report {
     data_bytes: u64,
     sealed: bool,
     protected: bool,
+    /// Bytes that cannot be read any more, by the last repair.
+    lost_bytes: u64,
     /// Whose holds keep its bytes even when it is forgotten.
     holds: Vec<String>,
     received: String,
@@ -70,6 +72,7 @@ impl Show {
             data_bytes: root.data_blocks.saturating_mul(BLOCK_BYTES as u64),
             sealed: file.sealed.is_some(),
             protected: file.protected,
+            lost_bytes: state.lost.get(&file.id).copied().unwrap_or(0),
             holds: holds_of(&vm, file.root)?,
             received: output::time(file.received),
             mtime: output::time(file.mtime),
@@ -100,7 +103,7 @@ fn as_text(report: &Report) -> String {
         None if report.has_parent => "(forgotten)",
         None => "(none)",
     };
-    let state = output::state(report.sealed, report.protected);
+    let state = output::state(report.sealed, report.protected, report.lost_bytes > 0);
     let mut text = format!(
         "{}\n  size      {} ({} bytes)\n  data      {}\n  state     {state}\n  created   {}\n  changed   {}\n  parent    {parent}\n",
         report.name,
@@ -110,6 +113,10 @@ fn as_text(report: &Report) -> String {
         report.received,
         report.mtime,
     );
+    if report.lost_bytes > 0 {
+        let lost = output::size(report.lost_bytes);
+        text.push_str(&format!("  damaged   {lost} cannot be read: check --read-data tells where\n"));
+    }
     for owner in &report.holds {
         text.push_str(&format!("  held by   {owner}\n"));
     }

@@ -404,6 +404,7 @@ fn every_op_is_as_written() {
         ("op-publish", Op::Publish { epoch: 1, index: 1, condemned: SlotSet([SlotId::new(COMMON_PACK, 0).0].into()) }),
         ("op-fence", Op::Fence { before: RecordNumber(2) }),
         ("op-group", Op::Group { name: "tenant".into() }),
+        ("op-mark", Op::Mark { file: FILE, lost_bytes: 8192 }),
     ];
     let mut tags: Vec<u8> = records().iter().map(|(_, r)| encode(&r.ops[0])[0]).collect();
     for (name, op) in ops {
@@ -413,8 +414,8 @@ fn every_op_is_as_written() {
     }
     tags.sort_unstable();
     // A new op needs an example, too: the first tag without one is not known.
-    assert_eq!(tags, (1..=19).collect::<Vec<u8>>());
-    assert!(decode::<Op>(&[20]).unwrap_err().to_string().contains("unknown tag"));
+    assert_eq!(tags, (1..=20).collect::<Vec<u8>>());
+    assert!(decode::<Op>(&[21]).unwrap_err().to_string().contains("unknown tag"));
 }
 
 #[test]

@@ -29,6 +29,7 @@ mod hold;
 mod invariants;
 mod kills;
 mod manual;
+mod marks;
 mod model;
 mod mount;
 mod mount_helper;

@@ -79,6 +79,18 @@ pub fn packs(memory: &Memory, content: Content) -> BTreeMap<String, (PackIndex, 
     opened.filter(|(_, (index, _))| index.identity.content == content).collect()
 }
 
+/// A disk whose first partition, with this in it, begins at sector 63: by its partition table and indeed.
+pub fn behind_sector_63(content: &[u8]) -> Vec<u8> {
+    let mut bytes = noise(3, 63 * 512);
+    bytes.extend_from_slice(content);
+    bytes[..512].fill(0);
+    bytes[446 + 4] = 0x83;
+    bytes[446 + 8..446 + 12].copy_from_slice(&63_u32.to_le_bytes());
+    bytes[446 + 12..446 + 16].copy_from_slice(&10_000_u32.to_le_bytes());
+    bytes[510..512].copy_from_slice(&[0x55, 0xaa]);
+    bytes
+}
+
 pub fn flip(memory: &Memory, key: &str, offsets: &[u64]) {
     let mut bytes = memory.objects()[key].to_vec();
     for at in offsets {
@@ -143,14 +155,7 @@ fn frames_are_put_together_again_byte_for_byte() {
 #[test]
 fn blocks_are_found_on_the_grid_of_the_snapshots() {
     let world = World::new();
-    let mut bytes = noise(3, 63 * 512);
-    bytes.extend_from_slice(&image(4));
-    // A partition table whose first partition begins at sector 63.
-    bytes[..512].fill(0);
-    bytes[446 + 4] = 0x83;
-    bytes[446 + 8..446 + 12].copy_from_slice(&63_u32.to_le_bytes());
-    bytes[446 + 12..446 + 16].copy_from_slice(&10_000_u32.to_le_bytes());
-    bytes[510..512].copy_from_slice(&[0x55, 0xaa]);
+    let bytes = behind_sector_63(&image(4));
     put(&world.store(), "vm/a.img", &bytes).unwrap();
     let (_, _, snapshot) =
         world.store().open_reference(&snapfs::name::SnapshotName::parse_reference("vm/a.img").unwrap()).unwrap();

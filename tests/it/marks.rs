@@ -92,7 +92,7 @@ fn shifted() -> World {
 
 /// Pieces of 4 KiB that a block at this offset is in.
 fn touched(offset: u64) -> [u64; 2] {
-    [offset / 4096 * 4096, (offset + 4095) / 4096 * 4096]
+    [offset / 4096 * 4096, offset.next_multiple_of(4096)]
 }
 
 #[test]

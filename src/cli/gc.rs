@@ -8,6 +8,7 @@ use crate::cli::{BUSY, DAMAGED, DONE, Outcome, exit_code};
 use crate::collect::common::collect_common;
 use crate::collect::gc::{self, GcOptions, GcReport, collect_vm};
 use crate::error::{ErrorKind, Result, invalid};
+use crate::ingest::background::step_back_for_all;
 use crate::limits::GC_RATE_BYTES_MIN;
 
 /// Shown by `--help`.
@@ -64,6 +65,8 @@ impl Gc {
     /// # Errors
     /// As [`collect_vm`] for a VM that was named; other VMs' errors are told and the rest is collected.
     pub fn run(&self) -> Outcome {
+        // Backups of other VMs go on beside it, and guests run on the same cores.
+        step_back_for_all();
         let mut store = self.store.open()?;
         if let Some(bytes_per_second) = self.limit_rate {
             store = store.limited_to(bytes_per_second);

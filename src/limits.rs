@@ -98,9 +98,9 @@ pub const POPULAR_PACKS_MAX: u32 = 1 << 24;
 pub const CONDEMNED_SLOTS_MAX: u64 = 1 << 23;
 
 /// One block in this many tells other VMs what a VM has. A power of two, not below [`HOOK_SAMPLING`].
-pub const SIGHTING_SAMPLING: u64 = 64;
+pub const SIGHTING_SAMPLING: u64 = 16;
 
-/// Sampled blocks of one VM (4 MiB of derived data): of a VM with more than 64 GiB of blocks every second one is kept.
+/// Sampled blocks of one VM (4 MiB of derived data): of a VM with more than 16 GiB of blocks every second one is kept.
 pub const SIGHTINGS_PER_VM_MAX: usize = 1 << 18;
 
 /// Common slots that no popular index has and that are looked for all the same, the newest (4 GiB of blocks): their slot

@@ -15,7 +15,7 @@ use crate::image::tree::Tree;
 use crate::ingest::common::CommonWriter;
 use crate::ingest::draft_tree::DraftTree;
 use crate::ingest::lane::{DataLane, RecipeLane};
-use crate::ingest::sighted::sighted;
+use crate::ingest::sighted::{Trail, sighted};
 use crate::limits::{BLOCK_BYTES, SEGMENT_BLOCKS};
 use crate::recipe::{Place, Recipe, RootPage, Tally};
 use crate::store::session::Session;
@@ -64,6 +64,7 @@ pub struct Writer {
     data: DataLane,
     // For blocks that another VM has; made when the first is met.
     common: Option<CommonWriter>,
+    trail: Trail,
     recipes: RecipeLane,
     tally: Tally,
     stored_before: u64,
@@ -82,6 +83,7 @@ impl Writer {
         Self {
             data: DataLane::new(session.clone()),
             common: None,
+            trail: Trail::default(),
             recipes: RecipeLane::new(session.clone()),
             session,
             parent,
@@ -213,7 +215,7 @@ impl Writer {
     ) -> Result<Place> {
         let plan = self.plan(parent, prints);
         let sighted = match self.session.others() {
-            Some(others) if plan.tally.blocks_new > 0 => sighted(others, prints, &plan),
+            Some(others) if plan.tally.blocks_new > 0 => sighted(others, prints, &plan, &mut self.trail),
             _ => Vec::new(),
         };
         self.store_planned(bytes, digest, prints, &plan, &sighted).map(|(place, _)| place)

@@ -27,8 +27,13 @@ const PAGES_ALL_MAX: u64 = 32;
 /// See [`PAGES_ALL_MAX`]: popular blocks come in runs, and the exact count comes before anything is written.
 const PAGES_STEP: u32 = 8;
 
-/// An object is rewritten when at least this share of its frames' bytes is dead or forwardable.
+/// An object is rewritten when at least this share of its frames' bytes is dead or forwardable; see also
+/// [`FORWARDABLE_PERCENT_MIN`].
 const DEAD_PERCENT_MIN: u64 = 30;
+
+/// The same for what is forwardable alone. It is less, since a block that became a forward never comes back, while one that
+/// lies in the pack and in a common one is stored twice for good.
+const FORWARDABLE_PERCENT_MIN: u64 = 10;
 
 /// Below this share of dead slots the index is not read to see how many bytes they take.
 const DEAD_SLOTS_PERCENT_MIN: u64 = 10;
@@ -93,6 +98,8 @@ impl Survey {
     pub fn is_worth_rewriting(&self) -> bool {
         let (forwards, dead_forwards) = self.forwards;
         let in_frames = self.frames_bytes > 0 && self.dead_bytes() * 100 >= self.frames_bytes * DEAD_PERCENT_MIN;
+        let in_common = self.forwardable_bytes * 100 >= self.frames_bytes * FORWARDABLE_PERCENT_MIN;
+        let in_frames = in_frames || (in_common && self.forwardable_bytes > 0);
         // Dead forwards keep common slots alive.
         let in_forwards = dead_forwards > 0 && dead_forwards * 100 >= forwards * DEAD_PERCENT_MIN;
         self.damage.is_none()

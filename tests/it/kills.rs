@@ -395,12 +395,13 @@ impl<'a> Rounds<'a> {
     fn run(&mut self, verb: &Verb, usual: &mut Duration) -> bool {
         if self.rng.below(3) == 0 {
             self.find_again();
+            self.repair_whole();
         }
         let clock = SystemClock::new();
         let mut begun = (verb.begin)(self);
         let began = clock.elapsed();
         let wait = usual.mul_f64(self.rng.below(1300) as f64 / 1000.0);
-        let loses = self.rng.below(4) == 0 && self.can_lose() && !matches!(begun.effect, Effect::Heals);
+        let loses = self.rng.below(3) == 0 && self.can_lose() && !matches!(begun.effect, Effect::Heals);
         let mut lose_after = loses.then(|| usual.mul_f64(self.rng.below(1000) as f64 / 1000.0));
         while !begun.process.has_ended() && clock.elapsed() - began < wait {
             if lose_after.is_some_and(|after| clock.elapsed() - began >= after) {
@@ -434,6 +435,9 @@ impl<'a> Rounds<'a> {
             );
             // The first of them begins the measure.
             *usual = if *usual == USUAL { took } else { (*usual + took) / 2 };
+        } else if wait > *usual {
+            // It takes longer than was thought; else it would never come to its end.
+            *usual = wait * 3 / 2;
         }
         if lose_after.is_some() {
             self.lose();
@@ -449,6 +453,15 @@ impl<'a> Rounds<'a> {
         }
         self.judge(begun.effect, done.code == 0 && !is_lost_meanwhile);
         is_whole
+    }
+
+    /// With all targets there, copies that are missing are put back, so that a target may be lost again.
+    fn repair_whole(&mut self) {
+        if self.targets.as_ref().is_some_and(|targets| targets.loss.is_none() && targets.is_fragile) {
+            let done = self.place.snapfs("check store --read-data --repair");
+            assert_eq!(done.code, 0, "{}{}", done.text(), done.err);
+            self.is_repaired();
+        }
     }
 
     /// A repair came to its end: everything has all copies, and what was seen last is what is.

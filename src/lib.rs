@@ -55,6 +55,8 @@ pub mod units;
 
 pub mod limits;
 
+pub mod random;
+
 pub mod clock;
 
 pub mod error;

@@ -22,6 +22,7 @@ use crate::backend::calls::{Calls, System};
 use crate::backend::{Backend, Guard, Key, Listed, Upload};
 use crate::error::{Error, ErrorKind, Result, corrupt, invalid, not_found};
 use crate::limits::RESERVE_BYTES;
+use crate::random::fill_random;
 
 /// Objects kept open: as many as a few readers touch in turn, far below the usual limit of 1024 open files.
 const OPEN_FILES_MAX: usize = 64;
@@ -596,7 +597,7 @@ impl Temporary {
         for _ in 0..ATTEMPTS_MAX {
             place.make_folders(TEMPORARY_FOLDER)?;
             let mut random = [0; 8];
-            fill_random(&mut random).map_err(|cause| failed(TEMPORARY_FOLDER, cause))?;
+            fill_random(&mut random).map_err(|e| e.within(TEMPORARY_FOLDER))?;
             let path = format!("{TEMPORARY_FOLDER}/{}-{:016x}", std::process::id(), u64::from_le_bytes(random));
             let file = match place.open_file(&path, OFlags::RDWR | OFlags::CREATE | OFlags::EXCL) {
                 Ok(file) => file,
@@ -769,20 +770,12 @@ fn write_random(file: &OwnedFd, bytes: u64) -> rustix::io::Result<()> {
     let mut piece = vec![0; RESERVE_PIECE_BYTES];
     let mut offset: u64 = 0;
     while offset < bytes {
-        fill_random(&mut piece)?;
+        fill_random(&mut piece).map_err(|_| Errno::IO)?;
         let wanted = usize::try_from(bytes - offset).unwrap_or(usize::MAX).min(piece.len());
         match retry_on_intr(|| rustix::io::pwrite(file, piece.get(..wanted).unwrap_or_default(), offset))? {
             0 => return Err(Errno::IO),
             written => offset += written as u64,
         }
-    }
-    Ok(())
-}
-
-fn fill_random(out: &mut [u8]) -> rustix::io::Result<()> {
-    let mut filled = 0;
-    while let Some(rest) = out.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-        filled += retry_on_intr(|| rustix::rand::getrandom(&mut *rest, rustix::rand::GetRandomFlags::empty()))?;
     }
     Ok(())
 }

@@ -8,11 +8,12 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use crate::backend::Key;
-use crate::catalog::vm::{Vm, fill_random, home_folder};
+use crate::catalog::vm::{Vm, home_folder};
 use crate::clock::Timestamp;
 use crate::error::{Error, ErrorKind, Result, corrupt, invalid};
 use crate::format::{ObjectKind, envelop, open_envelope};
 use crate::limits::{HOLD_BYTES_MAX, HOLD_OWNER_BYTES_MAX};
+use crate::random::fill_random;
 use crate::units::{FileId, Incarnation, RecordNumber, RootId, Serial};
 use crate::wire::{decode, encode, wire_struct};
 

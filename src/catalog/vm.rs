@@ -12,6 +12,7 @@ use crate::error::{Error, ErrorKind, Result, busy, corrupt, not_found};
 use crate::limits::{LOG_CHECKPOINT_INTERVAL, LOG_RECORD_BYTES_MAX};
 use crate::pack::index::object_name;
 use crate::pack::reader::{Locate, ObjectPlace};
+use crate::random::fill_random;
 use crate::units::{Incarnation, ObjectId, PackNumber, RecordNumber};
 
 /// How often a record is tried again when others append at the same time.
@@ -552,20 +553,6 @@ fn replay(base: &VmState, records: &[Record]) -> (VmState, Option<Error>) {
         }
     }
     (state, None)
-}
-
-/// Fills `out` with random bytes of the kernel.
-///
-/// # Errors
-/// `Unavailable`.
-pub fn fill_random(out: &mut [u8]) -> Result<()> {
-    let mut rest = out;
-    while !rest.is_empty() {
-        let count = rustix::rand::getrandom(&mut *rest, rustix::rand::GetRandomFlags::empty())
-            .map_err(|e| Error::io("random bytes", e.into()))?;
-        rest = rest.get_mut(count..).unwrap_or_default();
-    }
-    Ok(())
 }
 
 impl Locate for Vm {

@@ -1,23 +1,27 @@
 //! Heals packs of which some part is whole in no copy, from live images that still have the blocks.
 //!
 //! The slot table of a pack has the fingerprint of each block, so a block is known wherever it is found. Of an object
-//! whose index is lost nothing can be told, and nothing healed.
+//! whose index is lost nothing can be told, and nothing healed. Where this version of zstd gives other bytes than the one
+//! that wrote a frame, the object cannot become what it was: then its next generation has what was healed, as after a
+//! compaction, and needs the VM's write lock for the record that says so. Collection deletes the old one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use crate::catalog::record::{Op, PackEntry};
 use crate::catalog::roots::read_root;
-use crate::catalog::vm::{COMMON_HOME, Vm, pack_key};
+use crate::catalog::vm::{COMMON_HOME, Vm, pack_key, title};
 use crate::check::faults::Severity;
 use crate::check::live::{LiveImage, Search};
 use crate::check::store::CheckReport;
-use crate::error::{ErrorKind, Result};
+use crate::error::{ErrorKind, Result, busy, corrupt};
 use crate::limits::{HEAL_BLOCKS_MAX, HEAL_GRIDS_MAX};
 use crate::pack::copies::{Depth, find};
-use crate::pack::mend::{Mended, Wounds, examine, mend};
+use crate::pack::mend::{Mended, Wounds, examine, mend, renew};
 use crate::pack::reader::ObjectPlace;
 use crate::store::Store;
-use crate::units::Grid;
+use crate::store::session::{Session, pack_entry};
+use crate::units::{Generation, Grid, PackNumber};
 
 struct Wounded {
     vm: Arc<Vm>,
@@ -93,7 +97,12 @@ fn mend_found(
     for one in &found {
         if is_needed(&one.vm, &one.place) {
             let outcome = mend_one(store, one, &search);
+            let otherwise = outcome.as_ref().map_or(0, |mended| mended.frames_otherwise);
             tell(one, outcome, report);
+            if otherwise > 0 {
+                let renewed = renew_one(store, one, &search);
+                tell_renewed(one, renewed, otherwise, report);
+            }
         }
     }
     Ok(())
@@ -142,6 +151,61 @@ fn mend_one(store: &Store, one: &Wounded, search: &Search<'_>) -> Result<Mended>
     best.unwrap_or_else(|| Ok(Mended::default()))
 }
 
+/// Puts what can be healed into the next generation of an object; the frames that were, none if the object is not needed.
+fn renew_one(store: &Store, one: &Wounded, search: &Search<'_>) -> Result<u64> {
+    let backend = &**store.backend();
+    let session = Session::begin_without_index(store, &one.vm)?;
+    let state = one.vm.state();
+    let packs = state.packs.values().filter(|entry| entry.object == one.place.object).map(|entry| entry.number);
+    let packs: BTreeSet<PackNumber> = packs.collect();
+    // Mending may have healed some of it.
+    let wounds = examine(backend, &one.place)?;
+    let generation = Generation(session.begin_record().0);
+    let key_of = |object| pack_key(one.vm.name(), object);
+    let mut block = |print: &_| search.find(print);
+    let renewed = renew(backend, &one.place, &wounds, &packs, generation, &key_of, &mut block)?;
+    let Some((mended, object, finished)) = renewed else { return Ok(0) };
+    let (bytes, tail_bytes) = (finished.bytes, finished.tail_bytes);
+    let place = ObjectPlace { key: key_of(object), object, bytes, tail_bytes, ..one.place.clone() };
+    // The old one goes: what replaces it must be what was meant, but for what is as damaged as before.
+    let after = examine(backend, &place)?;
+    if after.frames().count() as u64 != mended.frames_without_blocks || after.has_bad_parts() {
+        return Err(corrupt(format!("{}: is not what was written", place.key)));
+    }
+    let entries = packs.iter().map(|number| pack_entry(*number, place.content, &finished, object));
+    let entries: Vec<PackEntry> = entries.collect::<Result<_>>()?;
+    session.append(|state| {
+        let there = state.packs.values().filter(|entry| entry.object == one.place.object);
+        if there.map(|entry| entry.number).collect::<BTreeSet<_>>() != packs {
+            return Err(busy(format!("{} was changed meanwhile", title(one.vm.name()))));
+        }
+        Ok((vec![Op::Move { packs: entries.clone(), dead: vec![one.place.object] }], ()))
+    })?;
+    Ok(mended.frames_anew)
+}
+
+fn tell_renewed(one: &Wounded, renewed: Result<u64>, frames: u64, report: &mut CheckReport) {
+    let key = one.place.key.to_string();
+    let mut add = |what: String, severity| report.add_one(label(&one.vm), key.clone(), what, severity);
+    match renewed {
+        Ok(healed) => {
+            if healed > 0 {
+                let what = "frames from live images, in a new generation since another version of zstd compressed them";
+                add(format!("healed: {healed} {what}"), Severity::Copy);
+            }
+            report.frames_mended += healed;
+            report.frames_unmended -= healed.min(frames);
+        }
+        Err(e) => add(
+            format!(
+                "{frames} frames are not healed: their blocks are there, but were compressed by another version of \
+                 zstd, and the next generation cannot be written: {e}"
+            ),
+            Severity::Should,
+        ),
+    }
+}
+
 fn tell(one: &Wounded, outcome: Result<Mended>, report: &mut CheckReport) {
     let key = one.place.key.to_string();
     let mended = match outcome {
@@ -162,11 +226,6 @@ fn tell(one: &Wounded, outcome: Result<Mended>, report: &mut CheckReport) {
     if mended.frames_without_blocks > 0 {
         let frames = mended.frames_without_blocks;
         add(format!("{frames} frames cannot be healed: no image has all of their blocks"), Severity::Should);
-    }
-    if mended.frames_otherwise > 0 {
-        let frames = mended.frames_otherwise;
-        let what = "cannot be healed: their blocks are there, but were compressed by another version of zstd";
-        add(format!("{frames} frames {what}"), Severity::Should);
     }
     if mended.parts_left > 0 {
         let parts = mended.parts_left;

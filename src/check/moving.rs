@@ -254,7 +254,12 @@ fn publish(store: &Store, change: impl Fn(&mut ConfigRecord) -> Result<()>, is_l
     change_record(replicated, store.config(), &**store.clock(), change)?;
     let (number, _) = config::newest_record(replicated, store.config())?;
     for (target, _) in before.targets.iter().filter(|(target, _)| target.is_there()) {
-        target.len(&record_key(number)).map_err(|e| e.within(format!("target {} missed the change", target.name())))?;
+        // Whatever it says: it is the target that is in the way, and settling goes on when it is not.
+        let missed = |e: Error| {
+            let what = format!("target {} missed the change: settle when it can be written", target.name());
+            Error::new(ErrorKind::Unavailable, what).because(e)
+        };
+        target.len(&record_key(number)).map_err(missed)?;
     }
     replicated.reload_now()?;
     Ok(())

@@ -1,13 +1,13 @@
 //! The snapshot that a clone stands on: found, held while there is a clone of it, opened.
 
 use crate::catalog::hold::{HoldId, hold_key};
-use crate::catalog::vm::fill_random;
 use crate::clones::description::{Description, hex};
 use crate::clones::map::CloneId;
 use crate::error::{Error, ErrorKind, Result, corrupt, not_found};
 use crate::image::reader::Image;
 use crate::limits::HOLD_OWNER_BYTES_MAX;
 use crate::name::{Reference, VmName};
+use crate::random::fill_random;
 use crate::store::{Store, full_name};
 
 /// Describes a new clone of a snapshot. Nothing holds the snapshot yet.

@@ -2,11 +2,11 @@
 //! The layout is in docs/FORMAT.md. Deleting them loses nothing but work.
 
 use crate::backend::{Backend, Key, Upload};
-use crate::catalog::vm::fill_random;
 use crate::error::{Error, ErrorKind, Result, corrupt, invalid};
 use crate::fingerprint::{Fingerprint, digest, short};
 use crate::format::{ObjectKind, check_preamble, envelop, open_envelope, preamble};
 use crate::limits::{JOB_BYTES_MAX, PARTITION_ROWS, PARTITIONS_MAX, RESULT_ROW_BYTES_MAX};
+use crate::random::fill_random;
 use crate::wire::{Reader, Wire, decode, encode, wire_struct};
 
 /// Bytes of the header of a partition's object.

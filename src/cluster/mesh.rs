@@ -9,13 +9,13 @@ use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::catalog::vm::fill_random;
 use crate::clock::Clock;
 use crate::cluster::health::Health;
 use crate::cluster::hosts::Hosts;
 use crate::cluster::link::{Link, LinkKeys};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::{HOST_RETRY_MS, HOSTS_MAX};
+use crate::random::fill_random;
 
 const MAGIC: [u8; 8] = *b"snapfsJ1";
 

@@ -322,7 +322,7 @@ impl Work<'_> {
     ) -> Result<Unread> {
         let mut unread = Unread::default();
         let mut offset = [0; 4];
-        crate::catalog::vm::fill_random(&mut offset)?;
+        crate::random::fill_random(&mut offset)?;
         let untouched: Vec<u32> = (0..grid.segments(bytes))
             .filter(|s| {
                 let start = SegmentIndex(*s).grid_offset();

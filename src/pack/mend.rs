@@ -3,11 +3,12 @@
 //!
 //! An object never changes (I4). What is written has the bytes that the index proves: a frame that is put together from
 //! its blocks again counts only if its checksum comes out, which it does with the same version of zstd. What cannot be
-//! proven keeps the bytes that it had.
+//! proven keeps the bytes that it had. Blocks that another version of zstd compressed go into the next generation of the
+//! object ([`renew`]), under the slot numbers that they have.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Key};
 use crate::error::{Result, corrupt};
 use crate::fingerprint::{Fingerprint, fingerprint};
 use crate::limits::{BLOCK_BYTES, ZSTD_LEVEL};
@@ -16,6 +17,8 @@ use crate::pack::copies::{Depth, check_run, encode_tail_of, verify_copy};
 use crate::pack::frame::{CODEC_RAW, FrameRow, compress, slot_range};
 use crate::pack::index::{HEADER_BYTES, Identity, Member, PackIndex, page_checksum};
 use crate::pack::reader::{ObjectPlace, read_index, read_slot_page};
+use crate::pack::writer::{Finished, PackWriter, PackedFrame};
+use crate::units::{Generation, ObjectId, PackNumber};
 
 /// A frame that is whole in no copy.
 #[derive(Debug)]
@@ -40,6 +43,11 @@ impl Wounds {
         !self.header && self.frames.is_empty() && self.pages.is_empty()
     }
 
+    /// Whether the header or a page of a slot table is damaged.
+    pub fn has_bad_parts(&self) -> bool {
+        self.header || !self.pages.is_empty()
+    }
+
     /// The frames that are lost.
     pub fn frames(&self) -> impl Iterator<Item = &LostFrame> {
         self.frames.values()
@@ -57,6 +65,8 @@ pub struct Mended {
     pub frames_without_blocks: u64,
     /// Frames whose blocks are all there, but which this version of zstd compresses to other bytes.
     pub frames_otherwise: u64,
+    /// Frames that were compressed anew, into the next generation of the object.
+    pub frames_anew: u64,
     /// Other parts that stay damaged.
     pub parts_left: u64,
 }
@@ -199,15 +209,89 @@ pub fn mend(
     Ok(mended)
 }
 
-/// The stored bytes of a lost frame, if they can be had: from `there`, what the damaged copy has in its place, and `find`.
-fn remake(
+/// Writes the next generation of an object for a log that has `packs` in it: what is whole byte for byte, the blocks of
+/// lost frames compressed anew, and what stays damaged as `backend` has it. Every slot keeps its number. Nothing refers
+/// to the new object before the log says so.
+///
+/// Nothing is written, and there is no object, when no lost frame can be had. Memory: the slot table, and one frame. Cost:
+/// reads and writes all of it.
+///
+/// # Errors
+/// `Corrupt` when a page of the slot table is damaged, which [`mend`] may heal first. As [`Backend::read`] and
+/// [`Backend::create`].
+pub fn renew(
+    backend: &dyn Backend,
     place: &ObjectPlace,
-    member: &Member,
+    wounds: &Wounds,
+    packs: &BTreeSet<PackNumber>,
+    generation: Generation,
+    key_of: &dyn Fn(ObjectId) -> Key,
+    find: FindBlock<'_>,
+) -> Result<Option<(Mended, ObjectId, Finished)>> {
+    let members = || wounds.index.members.iter().enumerate().filter(|(_, member)| packs.contains(&member.number));
+    let Some((_, first)) = members().next() else { return Ok(None) };
+    let object = ObjectId { number: first.number, generation };
+    let identity = Identity { object, ..wounds.index.identity };
+    let mut writer = PackWriter::create(backend, &key_of(object), identity)?;
+    let mut mended = Mended::default();
+    for (turn, (at, member)) in members().enumerate() {
+        if turn > 0 {
+            writer.begin_member(member.number)?;
+        }
+        let mut prints = Vec::with_capacity(member.slots as usize);
+        for page in 0..member.present_pages() {
+            prints.extend_from_slice(&read_slot_page(backend, place, member, page)?.fingerprints);
+        }
+        let mut rest = &prints[..];
+        for (frame, row) in member.frames.iter().enumerate() {
+            let (prints, tail) = rest.split_at_checked(row.count() as usize).ok_or_else(|| corrupt("slot table"))?;
+            rest = tail;
+            let Some(lost) = wounds.frames.get(&(at, frame)) else {
+                writer.append_verbatim(*row, &read_frame(backend, place, member, frame)?, prints)?;
+                continue;
+            };
+            let offset = member.offsets.get(frame).copied().unwrap_or(0);
+            let mut there = vec![0; row.stored_bytes as usize];
+            let read = backend.read(&place.key, offset, &mut there);
+            match blocks_of(place, row, lost, read.is_ok().then_some(&there[..]), find) {
+                Some(raw) => {
+                    let (first_slot, span, present) = (row.first_slot, row.span(), row.present);
+                    let (codec, payload) = compress(&raw, ZSTD_LEVEL);
+                    let frame = PackedFrame { first_slot, span, present, raw_bytes: row.raw_bytes, codec, payload };
+                    writer.append(frame, prints)?;
+                    mended.frames_anew += 1;
+                }
+                None => {
+                    mended.frames_without_blocks += 1;
+                    // What a medium cannot read now is not given up for zeros.
+                    read?;
+                    writer.append_verbatim(*row, &there, prints)?;
+                }
+            }
+        }
+        for page in member.present_pages()..member.pages() {
+            let page = read_slot_page(backend, place, member, page)?;
+            for (slot, print) in page.slots.iter().zip(&page.fingerprints) {
+                if let Some((target, _)) = member.forward_of(*slot) {
+                    writer.forward(*slot, target, *print)?;
+                }
+            }
+        }
+    }
+    if mended.frames_anew == 0 {
+        return Ok(None);
+    }
+    Ok(Some((mended, object, writer.finish()?)))
+}
+
+/// The raw bytes of a lost frame of blocks, if they can be had: from `there`, what the damaged copy has in its place, and
+/// `find`.
+fn blocks_of(
+    place: &ObjectPlace,
     row: &FrameRow,
     lost: &LostFrame,
     there: Option<&[u8]>,
     find: FindBlock<'_>,
-    mended: &mut Mended,
 ) -> Option<Vec<u8>> {
     let mut raw = Vec::with_capacity(row.raw_bytes as usize);
     for (rank, print) in lost.wanted.iter().enumerate() {
@@ -218,14 +302,25 @@ fn remake(
             Some(block) => Some(block.to_vec()),
             None => find(print),
         });
-        match block {
-            Some(block) => raw.extend_from_slice(&block),
-            None => {
-                mended.frames_without_blocks += 1;
-                return None;
-            }
-        }
+        raw.extend_from_slice(&block?);
     }
+    Some(raw)
+}
+
+/// The stored bytes of a lost frame, if they can be had.
+fn remake(
+    place: &ObjectPlace,
+    member: &Member,
+    row: &FrameRow,
+    lost: &LostFrame,
+    there: Option<&[u8]>,
+    find: FindBlock<'_>,
+    mended: &mut Mended,
+) -> Option<Vec<u8>> {
+    let Some(raw) = blocks_of(place, row, lost, there, find) else {
+        mended.frames_without_blocks += 1;
+        return None;
+    };
     let stored = if row.codec == CODEC_RAW { raw } else { compress(&raw, ZSTD_LEVEL).1 };
     if check_run(place, &[(member.number, row)], &stored).is_ok() && stored.len() == row.stored_bytes as usize {
         mended.frames += 1;

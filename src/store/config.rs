@@ -5,12 +5,12 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{Backend, Key};
-use crate::catalog::vm::fill_random;
 use crate::clock::{Clock, Timestamp};
 use crate::error::{Error, ErrorKind, Result, busy, corrupt, not_found, unsupported};
 use crate::fingerprint::short;
 use crate::format::{ObjectKind, VERSION, envelop, open_envelope};
 use crate::limits::{BLOCK_BYTES, SEGMENT_BYTES, TARGETS_MAX};
+use crate::random::fill_random;
 use crate::wire::{decode, encode, wire_struct};
 
 /// Name of the file that makes a folder a store.

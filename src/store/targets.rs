@@ -14,11 +14,11 @@ use crate::backend::placement::{Copies, TargetId};
 use crate::backend::replicate::{Layout, Replicated};
 use crate::backend::target::Target;
 use crate::backend::{Backend, Key};
-use crate::catalog::vm::fill_random;
 use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, Result, corrupt, invalid, not_found, unsupported};
 use crate::fingerprint::short;
 use crate::limits::TARGETS_MAX;
+use crate::random::fill_random;
 use crate::store::Store;
 use crate::store::config::{self, ConfigRecord, Replicas, StoreConfig, TargetRow, hex};
 

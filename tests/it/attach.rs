@@ -12,11 +12,9 @@ use crate::whole::{
 
 /// A store with two snapshots of one VM, not mounted yet.
 fn scene() -> (Place, Vec<u8>, Vec<u8>) {
-    let place = Place::new();
-    let (a, b) = (image(1, 8), image(2, 6));
-    place.write("a", &a);
+    let (place, a) = Place::with_snapshot();
+    let b = image(2, 6);
     place.write("b", &b);
-    place.snapfs("backup store web01/a.img a").ok();
     (place, a, b)
 }
 
@@ -240,8 +238,7 @@ fn without_root_it_is_denied_in_one_line() {
 /// A scene for clones: the host's configuration tells the mountpoint and where clones are.
 fn writable_scene() -> (Place, Vec<u8>, Vec<u8>) {
     let (place, a, b) = scene();
-    let host = format!("mountpoint = {:?}\nclones = {:?}\n", place.path("mnt"), place.path("clones"));
-    place.write("host.toml", host.as_bytes());
+    place.write_host_config();
     (place, a, b)
 }
 

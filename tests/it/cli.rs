@@ -9,7 +9,9 @@ use rustix::fs::{FlockOperation, flock};
 
 use snapfs::clock::{Clock, SystemClock};
 
-use crate::whole::{Disk, Loop, MIB, Place, eventually, image, need_loop, need_tools, same, signal};
+use crate::whole::{
+    Cleared, Disk, Loop, MIB, Place, eventually, image, is_root, need_loop, need_tools, same, signal, skip,
+};
 use crate::world::noise;
 
 const COMMANDS: [&str; 27] = [
@@ -90,6 +92,27 @@ fn targets_are_made_listed_added_and_removed() {
     let list = place.snapfs("target plain list").ok().text();
     assert!(list.contains("one folder"), "{list}");
     place.snapfs("target plain remove two").fails(1, "no targets");
+}
+
+#[test]
+fn a_target_that_cannot_be_written_to_is_in_the_way_of_a_change_until_it_can() {
+    const NAME: &str = "cli::a_target_that_cannot_be_written_to_is_in_the_way_of_a_change_until_it_can";
+    let place = Place::without_store();
+    place.snapfs("init store --target one --target two --target three").ok();
+    place.write("a.img", &image(1, 1));
+    place.snapfs("backup store web01/a.img a.img").ok();
+    let _cleared = Cleared(&place, "two");
+    if !is_root() || place.shell("mount --bind two two && mount -o remount,bind,ro two").code != 0 {
+        return skip(NAME, "bind mounts are not allowed here");
+    }
+    place.snapfs("target store add four").fails(1, "missed the change");
+    place.snapfs("target store settle").fails(1, "Read-only");
+    place.shell("umount two").ok();
+    assert_eq!(place.snapfs("target store settle").code, 0);
+    place.snapfs("check store --read-data").ok();
+    let list = place.snapfs("target store list --json").ok().text();
+    assert_eq!(list.matches("\"state\": \"ok\"").count(), 4, "{list}");
+    same(&place.snapfs("restore store web01/a.img -").ok().out, &place.read("a.img"), "after the change");
 }
 
 #[test]

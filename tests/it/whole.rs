@@ -191,6 +191,21 @@ impl Place {
         Self { folder }
     }
 
+    /// A store with a snapshot, `web01/a.img`, of the file `a`, and the bytes of that.
+    pub fn with_snapshot() -> (Self, Vec<u8>) {
+        let place = Self::new();
+        let bytes = image(1, 8);
+        place.write("a", &bytes);
+        place.snapfs("backup store web01/a.img a").ok();
+        (place, bytes)
+    }
+
+    /// The host's configuration names the mount of this place, and its folder of clones.
+    pub fn write_host_config(&self) {
+        let config = format!("mountpoint = {:?}\nclones = {:?}\n", self.path("mnt"), self.path("clones"));
+        self.write("host.toml", config.as_bytes());
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }

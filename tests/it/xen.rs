@@ -73,8 +73,7 @@ impl<'a> Host<'a> {
         for (name, body) in XENSTORE {
             host.tool(name, body);
         }
-        let config = format!("mountpoint = {:?}\nclones = {:?}\n", place.path("mnt"), place.path("clones"));
-        place.write("host.toml", config.as_bytes());
+        place.write_host_config();
         host
     }
 
@@ -179,22 +178,13 @@ impl<'a> Host<'a> {
     }
 }
 
-/// A store with one snapshot.
-fn scene() -> (Place, Vec<u8>) {
-    let place = Place::new();
-    let bytes = image(1, 8);
-    place.write("a", &bytes);
-    place.snapfs("backup store web01/a.img a").ok();
-    (place, bytes)
-}
-
 #[test]
 fn a_guest_gets_a_snapshot_read_only_and_gives_it_back() {
     const NAME: &str = "xen::a_guest_gets_a_snapshot_read_only_and_gives_it_back";
     need_mount!(NAME);
     need_loop!(NAME);
     let scripts = need_xen!(NAME);
-    let (place, bytes) = scene();
+    let (place, bytes) = Place::with_snapshot();
     let host = Host::new(&place, &scripts);
     let mount = place.mount("ro");
     let _freed = Freed(&place);
@@ -224,7 +214,7 @@ fn a_guest_stays_with_what_was_the_latest() {
     need_mount!(NAME);
     need_loop!(NAME);
     let scripts = need_xen!(NAME);
-    let (place, bytes) = scene();
+    let (place, bytes) = Place::with_snapshot();
     let host = Host::new(&place, &scripts);
     let mount = place.mount("ro");
     let _freed = Freed(&place);
@@ -245,7 +235,7 @@ fn what_is_wrong_is_told_in_hotplug_error() {
     need_mount!(NAME);
     need_loop!(NAME);
     let scripts = need_xen!(NAME);
-    let (place, _) = scene();
+    let (place, _) = Place::with_snapshot();
     let host = Host::new(&place, &scripts);
     let mount = place.mount("ro");
     let _freed = Freed(&place);
@@ -309,7 +299,7 @@ fn no_child_of_the_script_inherits_its_lock() {
     need_mount!(NAME);
     need_loop!(NAME);
     let scripts = need_xen!(NAME);
-    let (place, _) = scene();
+    let (place, _) = Place::with_snapshot();
     let host = Host::new(&place, &scripts);
     let mount = place.mount("ro");
     let _freed = Freed(&place);
@@ -330,7 +320,7 @@ fn reap_frees_what_a_guest_left_and_nothing_else() {
     need_mount!(NAME);
     need_loop!(NAME);
     let scripts = need_xen!(NAME);
-    let (place, bytes) = scene();
+    let (place, bytes) = Place::with_snapshot();
     let host = Host::new(&place, &scripts);
     let mount = place.mount("ro");
     let _freed = Freed(&place);
@@ -376,7 +366,7 @@ fn a_guest_writes_to_a_clone_that_goes_with_its_disk() {
     need_mount!(NAME);
     need_loop!(NAME);
     let scripts = need_xen!(NAME);
-    let (place, bytes) = scene();
+    let (place, bytes) = Place::with_snapshot();
     let host = Host::new(&place, &scripts);
     for options in ["ro", ""] {
         let mount = place.mount(options);
@@ -411,7 +401,7 @@ fn a_guest_keeps_its_clone_when_asked_to() {
     need_mount!(NAME);
     need_loop!(NAME);
     let scripts = need_xen!(NAME);
-    let (place, bytes) = scene();
+    let (place, bytes) = Place::with_snapshot();
     let host = Host::new(&place, &scripts);
     let mount = place.mount("ro");
     let _freed = Freed(&place);
@@ -445,7 +435,7 @@ fn reap_drops_the_clone_of_a_guest_that_is_gone_and_of_no_other() {
     need_mount!(NAME);
     need_loop!(NAME);
     let scripts = need_xen!(NAME);
-    let (place, bytes) = scene();
+    let (place, bytes) = Place::with_snapshot();
     let _cleared = Cleared(&place, "mnt");
     let host = Host::new(&place, &scripts);
     let mount = place.mount("ro");

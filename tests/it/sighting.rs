@@ -8,7 +8,6 @@ use snapfs::check::{CheckOptions, check_store};
 use snapfs::collect::common::collect_common;
 use snapfs::collect::forget::forget;
 use snapfs::collect::gc::{GcOptions, collect_vm};
-use snapfs::elect::run::{ElectOptions, elect};
 use snapfs::ingest::backup::BackupReport;
 use snapfs::name::VmName;
 use snapfs::store::Store;
@@ -83,7 +82,7 @@ fn what_another_vm_has_is_shared_at_once_and_its_copy_becomes_a_forward() {
         assert!(get(&world.store(), &format!("vm{number}/1.img")).unwrap() == *image, "vm{number}");
     }
     // An election takes them as they are.
-    let report = elect(&world.store(), ElectOptions::default(), &mut |_| {}).unwrap();
+    let report = crate::popular::elected(&world);
     assert!(report.blocks_kept > 1300 && report.blocks_popular == 1536, "{report:?}");
     gc(&world);
     gc(&world);

@@ -504,7 +504,7 @@ fn batch_process(folder: &Path, hosts: Option<Hosts>, records: u64) {
     let job = Job::open_or_create(&*backend, id, || Ok((partitions_for(records), Vec::new()))).unwrap();
     let index = hosts.as_ref().map_or(0, Hosts::index);
     let setup = Setup {
-        backend,
+        backend: Some(backend),
         clock: Arc::new(SystemClock::new()),
         threads: if hosts.is_some() { 1 } else { 2 },
         hosts,

@@ -262,7 +262,7 @@ impl Work<'_> {
         let job = Job::open_or_create(&**self.store.backend(), id, || Ok((partitions, Vec::new())))?;
         let progress = self.progress.clone();
         let setup = Setup {
-            backend: self.store.backend().clone(),
+            backend: Some(self.store.backend().clone()),
             clock: self.store.clock().clone(),
             hosts: self.options.hosts.clone(),
             threads: self.options.threads,

@@ -1,20 +1,18 @@
 //! `snapfs batch`: many images at once, on one or several hosts, deduplicated exactly.
 
-use std::fs::File;
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::batch::run::{BatchOptions, BatchProgress, BatchReport, batch};
+use crate::cli::job_args::{JobArgs, read};
 use crate::cli::output::{self, Levels};
 use crate::cli::store_arg::StoreArg;
 use crate::cli::{DONE, Outcome, Stop};
 use crate::clock::SystemClock;
 use crate::cluster::detect::Progress;
-use crate::cluster::hosts::Hosts;
 use crate::cluster::mesh::Patience;
-use crate::error::{Error, ErrorKind, Result, invalid};
-use crate::limits::{JOB_BYTES_MAX, JOB_MEMORY_BYTES, MEMORY_BYTES_MIN};
+use crate::error::Error;
+use crate::limits::{JOB_MEMORY_BYTES, MEMORY_BYTES_MIN};
 use crate::store::{MemoryShares, Store};
 
 /// Shown by `--help`.
@@ -40,25 +38,12 @@ pub struct Batch {
     #[arg(value_name = "JOBFILE")]
     jobs: PathBuf,
 
-    /// All hosts that work on the job: ADDRESS:PORT a line
-    #[arg(long, value_name = "FILE", requires = "index")]
-    hosts: Option<PathBuf>,
-
-    /// Which of them this is, from 0
-    #[arg(long, value_name = "N", requires = "hosts")]
-    index: Option<usize>,
+    #[command(flatten)]
+    job: JobArgs,
 
     /// Take the VMs up in so many rounds, largest first, so that sources must stay unchanged for a shorter time
     #[arg(long, value_name = "N", default_value_t = 1)]
     rounds: usize,
-
-    /// Threads that scan and detect, the same on all hosts
-    #[arg(long, value_name = "N", default_value_t = 2)]
-    threads: usize,
-
-    /// Where scratch files are made, on a disk of this host [default: derived/spill in the store]
-    #[arg(long, value_name = "DIR")]
-    scratch: Option<PathBuf>,
 
     /// Report in JSON
     #[arg(long)]
@@ -74,20 +59,13 @@ impl Batch {
         let shares = MemoryShares::of(self.store.max_memory.unwrap_or(MEMORY_BYTES_MIN)).map_err(Stop::usage)?;
         let store = Arc::new(Store::open(&self.store.store, Arc::new(SystemClock::new()), shares)?);
         let text = read("job file", &self.jobs)?;
-        let hosts = match (&self.hosts, self.index) {
-            (Some(file), Some(index)) => {
-                let text = String::from_utf8(read("hosts file", file)?);
-                let text = text.map_err(|e| invalid("hosts file: is not UTF-8 text").because(e))?;
-                Some(Hosts::parse(&text, index)?)
-            }
-            _ => None,
-        };
+        let hosts = self.job.hosts()?;
         let default = || store.derived_root().map_or_else(std::env::temp_dir, |derived| derived.join("spill"));
-        let scratch = self.scratch.clone().unwrap_or_else(default);
+        let scratch = self.job.scratch.clone().unwrap_or_else(default);
         std::fs::create_dir_all(&scratch).map_err(|e| Error::io(scratch.display().to_string(), e))?;
         let options = BatchOptions {
             hosts,
-            threads: self.threads,
+            threads: self.job.threads,
             rounds: self.rounds,
             memory_bytes: (JOB_MEMORY_BYTES / 2) as usize,
             scratch,
@@ -131,15 +109,4 @@ fn in_words(progress: &BatchProgress) -> String {
         BatchProgress::Share(image) => format!("share: {image}"),
         BatchProgress::Write(vm) => format!("write: {vm}"),
     }
-}
-
-fn read(what: &str, path: &Path) -> Result<Vec<u8>> {
-    let about = |e| Error::io(format!("{what} {}", path.display()), e);
-    let mut text = Vec::new();
-    File::open(path).and_then(|file| file.take(JOB_BYTES_MAX / 2 + 1).read_to_end(&mut text)).map_err(about)?;
-    if text.len() as u64 > JOB_BYTES_MAX / 2 {
-        let message = format!("{what} {}: has over {} bytes", path.display(), JOB_BYTES_MAX / 2);
-        return Err(Error::new(ErrorKind::TooLarge, message));
-    }
-    Ok(text)
 }

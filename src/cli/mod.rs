@@ -17,6 +17,7 @@ pub mod gc;
 pub mod helper;
 pub mod host_config;
 pub mod init;
+pub mod job_args;
 pub mod list;
 pub mod logging;
 pub mod mount;

@@ -7,12 +7,15 @@ use std::sync::Arc;
 use clap::ValueEnum;
 
 use crate::catalog::record::Op;
+use crate::cli::job_args::JobArgs;
 use crate::cli::output::{self, Progress};
 use crate::cli::store_arg::{parse_size, vm_name};
 use crate::cli::{DONE, Outcome, Stop};
 use crate::clock::SystemClock;
+use crate::cluster::detect;
+use crate::elect::count::CountOptions;
 use crate::elect::run::{
-    self, ELECTION_BYTES_DEFAULT, ELECTION_BYTES_MIN, ElectOptions, ElectReport, census, elect, popular_now,
+    self, ELECTION_BYTES_DEFAULT, ELECTION_BYTES_MIN, ElectOptions, ElectReport, Elected, census, elect, popular_now,
 };
 use crate::error::{Error, Result, invalid};
 use crate::limits::BLOCK_BYTES;
@@ -27,8 +30,12 @@ Actions:
   show    tell how many blocks are shared, and what keeping the most popular ones once is worth
   group   tell, or set, the VM group of a VM: blocks are shared within a group only
 
+With --hosts each host reads its part of the VMs; start elect on all of them, with the same hosts file (one ADDRESS:PORT
+a line, line N, from 0, being --index N). Host 0 chooses, copies and publishes; the others end when they have told all.
+
 Examples:
   snapfs popular /srv/snapfs elect
+  snapfs popular /mnt/shared/snapfs elect --hosts hosts --index 0
   snapfs popular /srv/snapfs show --plot curve.svg
   snapfs popular /srv/snapfs group web01 tenant-a
   snapfs popular /srv/snapfs group web01 ''";
@@ -79,6 +86,9 @@ pub struct Popular {
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
 
+    #[command(flatten)]
+    job: JobArgs,
+
     /// Report in JSON
     #[arg(long)]
     json: bool,
@@ -112,7 +122,7 @@ impl Popular {
     /// As [`elect()`] and [`census()`]; a usage error for arguments that do not go together.
     pub fn run(&self) -> Outcome {
         self.check_arguments().map_err(Stop::usage)?;
-        let store = Store::open(&self.store, Arc::new(SystemClock::new()), MemoryShares::default())?;
+        let store = Arc::new(Store::open(&self.store, Arc::new(SystemClock::new()), MemoryShares::default())?);
         match (self.action, &self.vm) {
             (Action::Elect, _) => self.elect(&store),
             (Action::Show, _) => self.show(&store),
@@ -128,6 +138,7 @@ impl Popular {
         };
         only_with(self.max_memory.is_some(), Action::Elect, "--max-memory")?;
         only_with(self.sigma.is_some(), Action::Elect, "--sigma")?;
+        only_with(self.job.has_hosts(), Action::Elect, "--hosts")?;
         only_with(self.plot.is_some(), Action::Show, "--plot")?;
         only_with(self.vm.is_some(), Action::Group, "a VM")?;
         match self.max_memory {
@@ -138,12 +149,36 @@ impl Popular {
         }
     }
 
-    fn elect(&self, store: &Store) -> Outcome {
-        let options =
-            ElectOptions { memory_bytes: self.max_memory.unwrap_or(ELECTION_BYTES_DEFAULT), sigma_percent: self.sigma };
-        let bar = Progress::new("elect", None, self.json);
-        let report = elect(store, options, &mut |at| bar.note(|| in_words(at)))?;
-        drop(bar);
+    fn count_options(&self) -> Result<CountOptions> {
+        let (threads, scratch) = (self.job.threads, self.job.scratch.clone());
+        Ok(CountOptions { hosts: self.job.hosts()?, threads, scratch, ..CountOptions::default() })
+    }
+
+    fn tell(&self, what: &'static str) -> run::Tell {
+        let bar = Progress::new(what, None, self.json);
+        Arc::new(move |at| match at {
+            run::Progress::Counting(detect::Progress::Waiting(hosts)) => {
+                output::message(format!("waiting for {hosts}"));
+            }
+            at => bar.note(|| in_words(&at)),
+        })
+    }
+
+    fn elect(&self, store: &Arc<Store>) -> Outcome {
+        let options = ElectOptions {
+            memory_bytes: self.max_memory.unwrap_or(ELECTION_BYTES_DEFAULT),
+            sigma_percent: self.sigma,
+            count: self.count_options()?,
+        };
+        let report = match elect(store, &options, self.tell("elect"))? {
+            Elected::Chosen(report) => report,
+            Elected::Fed(report) if self.json => return output::json(&report).map(|()| DONE),
+            Elected::Fed(report) => {
+                let (host, sent) = (report.host, output::size(report.bytes_sent));
+                output::line(format!("host {host}: read {} VMs, {sent} sent; host 0 goes on alone", report.vms))?;
+                return Ok(DONE);
+            }
+        };
         if report.blocks_lost > 0 {
             output::message(format!("{} popular blocks could not be read; run snapfs check", report.blocks_lost));
         }
@@ -155,10 +190,8 @@ impl Popular {
         Ok(DONE)
     }
 
-    fn show(&self, store: &Store) -> Outcome {
-        let bar = Progress::new("popular", None, self.json);
-        let census = census(store, &mut |at| bar.note(|| in_words(at)))?;
-        drop(bar);
+    fn show(&self, store: &Arc<Store>) -> Outcome {
+        let census = census(store, &self.count_options()?, self.tell("popular"))?;
         let now = popular_now(store)?;
         let shown = Shown {
             epoch: now.epoch,
@@ -215,10 +248,16 @@ fn parse_share(text: &str) -> std::result::Result<f64, String> {
     number.ok().filter(|n| *n > 0.0 && *n <= 100.0).ok_or_else(|| "not a number over 0 and up to 100".to_owned())
 }
 
-fn in_words(progress: run::Progress) -> String {
+fn in_words(progress: &run::Progress) -> String {
     match progress {
-        run::Progress::Counting(blocks) => format!("{blocks} distinct blocks counted"),
-        run::Progress::Copying(done, all) => format!("{done} of {all} blocks copied"),
+        run::Progress::Counting(detect::Progress::Scan(done, total)) => {
+            format!("count: {done} of {total} members read")
+        }
+        run::Progress::Counting(detect::Progress::Detect(done, total)) => {
+            format!("count: {done} of {total} partitions")
+        }
+        run::Progress::Counting(detect::Progress::Waiting(hosts)) => format!("count: waiting for {hosts}"),
+        run::Progress::Copying(done, all) => format!("copy: {done} of {all} blocks"),
     }
 }
 

@@ -2,6 +2,7 @@
 //! each an object, verdicts to the owners of the members.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -67,6 +68,15 @@ pub trait Task: Send + Sync + 'static {
     /// `member` wants at `position` what it wants first at `first`. Appends whole rows.
     fn repeats(&self, member: Member, first: u64, position: u64, rows: &mut Vec<u8>);
 
+    /// Under which number a fingerprint is counted that these have or want. What is not counted needs no rows to be
+    /// known of.
+    fn count(&self, _: &[Holder]) -> u32 {
+        0
+    }
+
+    /// At the end of a partition: so many of its fingerprints are counted under a number. Appends whole rows.
+    fn counted(&self, _count: u32, _fingerprints: u64, _rows: &mut Vec<u8>) {}
+
     /// Whom a row is sent to, if anybody.
     fn member_of(&self, row: &[u8]) -> Option<Member>;
 
@@ -99,6 +109,11 @@ impl Feed<'_, '_> {
         self.outbox.put(partition as usize % self.shared.workers, &row)
     }
 
+    /// Whether an earlier run has finished all partitions: then no record is needed any more.
+    pub fn is_all_known(&self) -> bool {
+        self.shared.finished.iter().all(|is_finished| *is_finished)
+    }
+
     /// To be called now and then where no record is given for long.
     ///
     /// # Errors
@@ -122,8 +137,8 @@ pub enum Progress {
 /// How a job is run on this host.
 #[derive(Clone)]
 pub struct Setup {
-    /// Where the job's objects are.
-    pub backend: Arc<dyn Backend>,
+    /// Where the job's objects are; `None`: nothing is kept of a job that is short.
+    pub backend: Option<Arc<dyn Backend>>,
     /// Time.
     pub clock: Arc<dyn Clock>,
     /// All hosts; `None` for this process alone.
@@ -195,7 +210,7 @@ impl Shared {
     }
 }
 
-/// Runs a job to its end: all results are objects then, and every verdict has been given.
+/// Runs a job to its end: all results are objects then, if they are kept, and every verdict has been given.
 ///
 /// With several hosts, all call this with the same job, and all return together: with `Ok` when all is done, or each with
 /// an error that names who was lost or what went wrong where. Then the job may be run again, on the same hosts or on
@@ -216,7 +231,10 @@ pub fn run(setup: &Setup, job: &Job, task: Arc<dyn Task>) -> Result<Report> {
             setup.memory_bytes
         )));
     }
-    let finished = job.finished(&*setup.backend)?;
+    let finished = match &setup.backend {
+        Some(backend) => job.finished(&**backend)?,
+        None => vec![false; job.partitions as usize],
+    };
     let hosts = setup.hosts.as_ref().map_or(1, Hosts::count);
     let host = setup.hosts.as_ref().map_or(0, Hosts::index);
     let workers = hosts * setup.threads;
@@ -348,27 +366,33 @@ fn feed_all(shared: &Shared, index: usize, outbox: &mut Outbox<'_>) -> Result<()
 fn judge_all(shared: &Shared, spill: Option<Spill<ROW_BYTES>>, own: &[u32], outbox: &mut Outbox<'_>) -> Result<()> {
     let Some(mut spill) = spill else { return Ok(()) };
     shared.counts.spilled_bytes.fetch_add(spill.disk_bytes(), Ordering::Relaxed);
-    let task = &*shared.task;
     for (at, partition) in own.iter().enumerate() {
         if !shared.is_finished(*partition) {
             judge_partition(shared, &mut spill, at, *partition, outbox)?;
             shared.counts.partitions.fetch_add(1, Ordering::Relaxed);
         }
-        read_result(&*shared.setup.backend, &shared.job, *partition, task.row_bytes(), &mut |row| match task
-            .member_of(row)
-        {
-            Some(member) if member.0 < task.members() => outbox.put(shared.worker_of(member), row),
-            _ => Ok(()),
-        })
-        .map_err(|e| match e.kind() {
-            ErrorKind::Corrupt => e.within("delete the folder of the job and start it again"),
-            _ => e,
-        })?;
+        if let Some(backend) = &shared.setup.backend {
+            let row_bytes = shared.task.row_bytes();
+            read_result(&**backend, &shared.job, *partition, row_bytes, &mut |row| send(shared, row, outbox)).map_err(
+                |e| match e.kind() {
+                    ErrorKind::Corrupt => e.within("delete the folder of the job and start it again"),
+                    _ => e,
+                },
+            )?;
+        }
         outbox.tick()?;
         let done = shared.counts.partitions_done.fetch_add(1, Ordering::Relaxed) + 1;
         (shared.setup.progress)(Progress::Detect(done, shared.own_partitions));
     }
     Ok(())
+}
+
+/// Sends a row of a result to whom it is for.
+fn send(shared: &Shared, row: &[u8], outbox: &mut Outbox<'_>) -> Result<()> {
+    match shared.task.member_of(row) {
+        Some(member) if member.0 < shared.task.members() => outbox.put(shared.worker_of(member), row),
+        _ => Ok(()),
+    }
 }
 
 fn judge_partition(
@@ -380,10 +404,21 @@ fn judge_partition(
 ) -> Result<()> {
     let task = &*shared.task;
     let mut sorted = spill.sorted(at, shared.share_bytes() / 2, &shared.setup.scratch)?;
-    let mut result = ResultWriter::create(&*shared.setup.backend, &shared.job, partition, task.row_bytes())?;
+    let create =
+        |backend: &Arc<dyn Backend>| ResultWriter::create(&**backend, &shared.job, partition, task.row_bytes());
+    let mut result = shared.setup.backend.as_ref().map(create).transpose()?;
+    let mut add_rows = |rows: &mut Vec<u8>, outbox: &mut Outbox<'_>| {
+        let outcome = rows.chunks(task.row_bytes()).try_for_each(|row| match &mut result {
+            Some(result) => result.add(row),
+            None => send(shared, row, outbox),
+        });
+        rows.clear();
+        outcome
+    };
     let mut holders: Vec<Holder> = Vec::new();
     let mut current: Option<(Fingerprint, u32)> = None;
     let mut rows = Vec::new();
+    let mut counts: BTreeMap<u32, u64> = BTreeMap::new();
     let mut count = 0_u32;
     loop {
         let record = sorted.read_next()?.map(|row| Record::from_row(&row));
@@ -391,6 +426,7 @@ fn judge_partition(
         if key != current {
             if let Some((print, _)) = current {
                 task.judge(&print, &holders, &mut rows);
+                *counts.entry(task.count(&holders)).or_default() += 1;
             }
             holders.clear();
             current = key;
@@ -398,8 +434,7 @@ fn judge_partition(
         if let Some(record) = record {
             add(&mut holders, &record, task, &mut rows);
         }
-        rows.chunks(task.row_bytes()).try_for_each(|row| result.add(row))?;
-        rows.clear();
+        add_rows(&mut rows, outbox)?;
         if record.is_none() {
             break;
         }
@@ -408,7 +443,9 @@ fn judge_partition(
             outbox.tick()?;
         }
     }
-    result.finish()
+    counts.into_iter().for_each(|(count, fingerprints)| task.counted(count, fingerprints, &mut rows));
+    add_rows(&mut rows, outbox)?;
+    result.map_or(Ok(()), ResultWriter::finish)
 }
 
 /// Adds a record of the fingerprint at hand. Records come in the order of members and places, slots before wanted ones.

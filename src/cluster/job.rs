@@ -151,6 +151,24 @@ impl Job {
         Ok(finished)
     }
 
+    /// All jobs that are described, but for what cannot be read: leftovers that cost room. Cost: a listing, and a read for
+    /// each.
+    ///
+    /// # Errors
+    /// `Unavailable`, `Denied` of the listing.
+    pub fn all(backend: &dyn Backend) -> Result<Vec<Self>> {
+        let mut jobs = Vec::new();
+        for row in backend.list(&jobs_key())?.into_iter().filter(|row| row.is_folder) {
+            let key = Key::new(format!("{}/{}/job", jobs_key(), row.name));
+            match backend.read_all(&key, JOB_BYTES_MAX).and_then(|bytes| Self::from_object(&bytes)) {
+                Ok(job) if Self::key_of(job.id) == key => jobs.push(job),
+                Ok(_) => log::debug!("{key}: describes another job"),
+                Err(e) => log::debug!("{key}: {e}"),
+            }
+        }
+        Ok(jobs)
+    }
+
     /// Deletes all of a job that is done, the description last. What others deleted already is no error.
     ///
     /// # Errors

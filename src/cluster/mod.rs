@@ -10,6 +10,7 @@
 //! It runs on timely dataflow: threads of one process, or of several hosts. A finished partition is an object, so that
 //! a job that was cut off goes on where it was.
 
+pub mod announce;
 pub mod detect;
 pub mod flow;
 pub mod health;

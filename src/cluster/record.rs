@@ -11,7 +11,9 @@ pub const ROW_BYTES: usize = 32 + 4 + 8;
 /// A row as it is sent, spilled and sorted.
 pub type Row = [u8; ROW_BYTES];
 
-/// Set in a place that is a position in an image, whose block is not stored yet; clear in a slot.
+/// In a batch: set in a place that is a position in an image, whose block is not stored yet; clear in a slot. Slots of
+/// common packs, which have it themselves, are given without it there. An election wants nothing: its places are slots
+/// as they are, and those of common packs come second for that.
 pub const WANTED: u64 = 1 << 63;
 
 /// The holder of blocks, numbered within a job.

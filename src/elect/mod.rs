@@ -2,11 +2,12 @@
 //! a new epoch of the popular index.
 //!
 //! ```text
-//!   members ── slot tables, common references ── candidates ── choice ── common packs ── index ── epoch
-//!   (groups)          partition by partition                   bounded     donor order
+//!   members ── slot tables, common references ── count ── choice ── common packs ── index ── epoch
+//!   (groups)      all hosts: the dataflow of jobs │ one host: bounded, donor order
 //! ```
 
-pub mod candidates;
+pub mod copy;
+pub mod count;
 
 pub mod members;
 

@@ -6,34 +6,29 @@ use serde::Serialize;
 
 use crate::backend::Key;
 use crate::catalog::record::Op;
-use crate::catalog::vm::Vm;
-use crate::elect::candidates::{Candidates, Passes};
-use crate::elect::members::{Member, members};
-use crate::error::{ErrorKind, Result, corrupt};
-use crate::fingerprint::{Fingerprint, fingerprint_blocks};
-use crate::ingest::common::CommonWriter;
-use crate::limits::{BLOCK_BYTES, POPULAR_ENTRIES_MAX};
-use crate::popular::choice::{CHOSEN_BYTES, Census, Choice, Chosen, Point};
+use crate::cluster::announce::announce;
+use crate::cluster::detect::{self, Setup};
+use crate::cluster::hosts::Hosts;
+use crate::cluster::job::Job;
+use crate::elect::copy::Copying;
+use crate::elect::count::{Count, CountOptions, Counted};
+use crate::elect::members::{Description, MemberRow, describe};
+use crate::error::{ErrorKind, Result};
+use crate::fingerprint::Fingerprint;
+use crate::limits::POPULAR_ENTRIES_MAX;
+use crate::popular::choice::{CHOSEN_BYTES, Census, Choice, POPULARITY_MIN, Point};
 use crate::popular::index::{IndexBuilder, IndexIdentity, PopularIndex, index_key, parse_index_name};
 use crate::store::Store;
 use crate::store::common::common_state;
 use crate::store::session::Session;
-use crate::units::{Epoch, SlotId, VmGroup};
+use crate::units::Epoch;
+use crate::wire::encode;
 
 /// Memory that an election takes for the popular blocks if nothing else is said: four million of them.
 pub const ELECTION_BYTES_DEFAULT: u64 = 64 << 20;
 
 /// The least that can be asked for.
 pub const ELECTION_BYTES_MIN: u64 = 1 << 20;
-
-/// Memory of a pass over fingerprints.
-const PASS_BYTES: u64 = 64 << 20;
-
-/// Blocks that are read from a donor at a time, at the most: 1 MiB.
-const RUN_BLOCKS: usize = 256;
-
-/// Blocks after which full frames are compressed and written: 4 MiB of them are in memory.
-const FLUSH_BLOCKS: u64 = 1024;
 
 /// How often an epoch is numbered anew when crashed elections left an index of that number.
 const EPOCH_TRIES: u64 = 1000;
@@ -42,27 +37,56 @@ const EPOCH_TRIES: u64 = 1000;
 const INDEXES_KEPT: usize = 2;
 
 /// How to elect.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct ElectOptions {
     /// Memory that the popular blocks may take while they are chosen: 16 bytes each.
     pub memory_bytes: u64,
     /// Choose at the most this share of all distinct blocks, in percent.
     pub sigma_percent: Option<f64>,
+    /// How to count who holds what.
+    pub count: CountOptions,
 }
 
 impl Default for ElectOptions {
     fn default() -> Self {
-        Self { memory_bytes: ELECTION_BYTES_DEFAULT, sigma_percent: None }
+        Self { memory_bytes: ELECTION_BYTES_DEFAULT, sigma_percent: None, count: CountOptions::default() }
     }
 }
 
 /// How far an election is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Progress {
-    /// Finding out who holds what: so many distinct blocks so far.
-    Counting(u64),
+    /// Finding out who holds what.
+    Counting(detect::Progress),
     /// Copying: so many of so many blocks.
     Copying(u64, u64),
+}
+
+/// Is told how far an election is, by any thread.
+pub type Tell = Arc<dyn Fn(Progress) + Send + Sync>;
+
+/// What a host of an election did.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Elected {
+    /// Host 0, or the only one: it chose, copied and published.
+    Chosen(ElectReport),
+    /// Another: it read what its VMs hold.
+    Fed(FedReport),
+}
+
+/// What a host did that does not choose.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct FedReport {
+    /// Which host it is.
+    pub host: u64,
+    /// VMs that it read.
+    pub vms: u64,
+    /// Records of blocks that it sent to the owners of their partitions.
+    pub records: u64,
+    /// Bytes sent to other hosts.
+    pub bytes_sent: u64,
+    /// Bytes received from other hosts.
+    pub bytes_received: u64,
 }
 
 /// What an election did.
@@ -92,24 +116,34 @@ pub struct ElectReport {
     pub zipf_alpha: Option<f64>,
     /// What the popular blocks are worth.
     pub worth: Point,
+    /// Records of blocks that this host sent to the owners of their partitions.
+    pub records: u64,
+    /// Bytes of its scratch files.
+    pub spilled_bytes: u64,
+    /// Bytes sent to other hosts.
+    pub bytes_sent: u64,
+    /// Bytes received from other hosts.
+    pub bytes_received: u64,
 }
 
-/// Counts without choosing: what `popular show` tells.
+/// Counts without choosing: what `popular show` tells. Alone, and without writing to the store.
 ///
 /// # Errors
 /// As [`elect`].
-pub fn census(store: &Store, progress: &mut dyn FnMut(Progress)) -> Result<Census> {
-    let mut census = Census::default();
-    let passes = Passes { memory_bytes: PASS_BYTES };
-    let mut seen = 0;
-    for members in members(store)?.values() {
-        passes.visit(members, &mut |candidate| {
-            census.add(candidate.popularity, 1);
-            tell(&mut seen, progress);
-            Ok(())
-        })?;
-    }
-    Ok(census)
+pub fn census(store: &Arc<Store>, options: &CountOptions, tell: Tell) -> Result<Census> {
+    let election = describe(store)?;
+    let setup = options.setup(store, counting(tell))?;
+    let setup = Setup { backend: None, hosts: None, ..setup };
+    // Nobody else takes part.
+    let key = Fingerprint([0; 32]);
+    let job = Job { id: election.id, key, partitions: election.partitions, body: Vec::new() };
+    let count = Count::new(store, &election.description, u32::MAX, Choice::new(0));
+    count.run(&setup, &job)?;
+    Ok(count.take().census)
+}
+
+fn counting(tell: Tell) -> Arc<dyn Fn(detect::Progress) + Send + Sync> {
+    Arc::new(move |now| tell(Progress::Counting(now)))
 }
 
 /// The popular set as it is now.
@@ -146,62 +180,82 @@ pub fn popular_now(store: &Store) -> Result<PopularNow> {
     Ok(now)
 }
 
-fn tell(seen: &mut u64, progress: &mut dyn FnMut(Progress)) {
-    *seen += 1;
-    if seen.is_multiple_of(1 << 16) {
-        progress(Progress::Counting(*seen));
-    }
-}
-
-/// Elects: one election at a time, beside writers and readers. What they do meanwhile counts in the next one.
+/// Elects, together with the other hosts if there are any: one election at a time, beside writers and readers. What they
+/// do meanwhile counts in the next one.
 ///
-/// Memory: `memory_bytes`, as much again for the index, a pass over fingerprints. Cost: all slot tables, once for each
-/// pass; reads and writes each popular block that is in no common pack yet.
+/// An election that was cut off is taken up by the next one if nothing in the store has changed: what was counted is not
+/// counted again.
+///
+/// Memory: on host 0 `memory_bytes`, and as much again for the index; on all what the count takes. Cost: all slot tables;
+/// reads and writes each popular block that is in no common pack yet.
 ///
 /// # Errors
 /// `Busy` when another election or a collection of common packs is at work; `Corrupt` when the common home's log is
-/// damaged; `NoSpace`, `ReadOnly`, `Unavailable`. Nothing is published then, and what was copied is found again.
-pub fn elect(store: &Store, options: ElectOptions, progress: &mut dyn FnMut(Progress)) -> Result<ElectReport> {
-    elect_among(store, options, &Passes { memory_bytes: PASS_BYTES }, progress)
+/// damaged; `Unavailable`, naming them, when hosts do not come up, are lost or stuck; `Invalid` for one that was started
+/// otherwise; `NoSpace`, `ReadOnly`. Nothing is published then, and what was copied is found again.
+pub fn elect(store: &Arc<Store>, options: &ElectOptions, tell: Tell) -> Result<Elected> {
+    let setup = options.count.setup(store, counting(tell.clone()))?;
+    match setup.hosts.as_ref().filter(|hosts| hosts.index() > 0) {
+        Some(hosts) => feed(store, &setup, hosts).map(Elected::Fed),
+        None => choose(store, options, &setup, &*tell).map(Elected::Chosen),
+    }
 }
 
-/// The same with another way to find out who holds what.
-///
-/// # Errors
-/// As [`elect`].
-pub fn elect_among(
-    store: &Store,
-    options: ElectOptions,
-    candidates: &dyn Candidates,
-    progress: &mut dyn FnMut(Progress),
-) -> Result<ElectReport> {
+/// The job by which host 0 tells the others which election it is. All find it by the store alone.
+fn gate(store: &Store) -> Result<Job> {
+    let id = Job::id_of(&[b"snapfs election hosts", store.config().store.as_bytes()]);
+    Job::open_or_create(&**store.backend(), id, || Ok((1, Vec::new())))
+}
+
+/// What a host does that does not choose.
+fn feed(store: &Arc<Store>, setup: &Setup, hosts: &Hosts) -> Result<FedReport> {
+    let id = announce(setup, &gate(store)?, None)?;
+    let job = Job::open(&**store.backend(), id)?;
+    let description = Description::of(&job)?;
+    let report = Count::new(store, &description, POPULARITY_MIN, Choice::new(0)).run(setup, &job)?;
+    let is_own = |(number, row): &(usize, &MemberRow)| number % hosts.count() == hosts.index() && !row.is_common();
+    Ok(FedReport {
+        host: hosts.index() as u64,
+        vms: description.members.iter().enumerate().filter(is_own).count() as u64,
+        records: report.records,
+        bytes_sent: report.bytes_sent,
+        bytes_received: report.bytes_received,
+    })
+}
+
+/// What host 0 does, or the only one.
+fn choose(store: &Arc<Store>, options: &ElectOptions, setup: &Setup, tell: &dyn Fn(Progress)) -> Result<ElectReport> {
     let home = store.common_home().clone();
+    let backend = &**store.backend();
     let is_there = common_state(&home)?.is_some();
+    // From here on nothing of what is common goes (G6), and nobody else elects.
     let session = if is_there { Some(Session::begin_without_index(store, &home)?) } else { None };
-    let groups = members(store)?;
-    let room = usize::try_from((options.memory_bytes / CHOSEN_BYTES).min(POPULAR_ENTRIES_MAX)).unwrap_or(usize::MAX);
-    let mut choice = Choice::new(room);
-    let mut census = Census::default();
-    let mut seen = 0;
-    let mut offset = 0;
-    for members in groups.values() {
-        candidates.visit(members, &mut |candidate| {
-            census.add(candidate.popularity, 1);
-            let donor = Chosen { donor: candidate.donor.donor + offset, ..candidate.donor };
-            choice.offer(candidate.popularity, donor);
-            tell(&mut seen, progress);
-            Ok(())
-        })?;
-        offset += members.len() as u32;
+    let election = describe(store)?;
+    let description = election.description;
+    let job = Job::open_or_create(backend, election.id, || Ok((election.partitions, encode(&description))))?;
+    if session.is_some() {
+        remove_abandoned(store, &job);
     }
+    if setup.hosts.is_some() {
+        let gate = gate(store)?;
+        let announced = announce(setup, &gate, Some(job.id));
+        // All have gone through, or start again.
+        remove(store, &gate);
+        announced?;
+    }
+    let room = usize::try_from((options.memory_bytes / CHOSEN_BYTES).min(POPULAR_ENTRIES_MAX)).unwrap_or(usize::MAX);
+    let count = Count::new(store, &description, POPULARITY_MIN, Choice::new(room));
+    let counting = count.run(setup, &job)?;
+    let Counted { census, mut choice } = count.take();
     if let Some(sigma) = options.sigma_percent {
         choice.shrink((census.distinct() as f64 * sigma / 100.0).ceil() as usize);
     }
     let (chosen, counts) = choice.finish();
+    let (vms, groups) = description.counts();
     let mut report = ElectReport {
         epoch: None,
-        groups: groups.len() as u64,
-        vms: u64::from(offset),
+        groups,
+        vms,
         blocks_distinct: census.distinct(),
         blocks_shared: census.shared(),
         blocks_popular: 0,
@@ -211,184 +265,42 @@ pub fn elect_among(
         blocks_lost: 0,
         zipf_alpha: census.zipf_alpha(),
         worth: census.point(counts.values().sum()),
+        records: counting.records,
+        spilled_bytes: counting.spilled_bytes,
+        bytes_sent: counting.bytes_sent,
+        bytes_received: counting.bytes_received,
     };
-    if chosen.is_empty() && session.is_none() {
-        return Ok(report);
+    if !chosen.is_empty() || session.is_some() {
+        let session = match session {
+            Some(session) => session,
+            None => {
+                home.create(store.new_folder())?;
+                Session::begin_without_index(store, &home)?
+            }
+        };
+        let builder = Copying::begin(store, &description, chosen.len(), &mut report, tell)?.all(&chosen)?;
+        report.blocks_popular = builder.len() as u64;
+        report.epoch = Some(publish(store, &session, builder)?);
     }
-    let session = match session {
-        Some(session) => session,
-        None => {
-            home.create(store.new_folder())?;
-            Session::begin_without_index(store, &home)?
-        }
-    };
-    let mut copying = Copying::begin(store, &home, chosen.len(), &mut report, progress)?;
-    let mut first = 0;
-    for (group, members) in &groups {
-        let after = first + members.len() as u32;
-        let from = chosen.partition_point(|block| block.donor < first);
-        let to = chosen.partition_point(|block| block.donor < after);
-        copying.group(*group, members, first, chosen.get(from..to).unwrap_or_default())?;
-        first = after;
-    }
-    let builder = copying.builder;
-    report.blocks_popular = builder.len() as u64;
-    report.epoch = Some(publish(store, &session, builder)?);
+    remove(store, &job);
     Ok(report)
 }
 
-/// Copies chosen blocks into common packs.
-struct Copying<'a> {
-    store: &'a Store,
-    current: Option<Arc<PopularIndex>>,
-    condemned: roaring::RoaringTreemap,
-    builder: IndexBuilder,
-    report: &'a mut ElectReport,
-    progress: &'a mut dyn FnMut(Progress),
-    total: u64,
-    done: u64,
+/// Deletes an election's job. What stays is only in the way until the next one: never an error.
+fn remove(store: &Store, job: &Job) {
+    if let Err(e) = job.remove(&**store.backend()) {
+        log::debug!("{}: stays: {e}", Job::key_of(job.id));
+    }
 }
 
-impl<'a> Copying<'a> {
-    fn begin(
-        store: &'a Store,
-        home: &Vm,
-        total: usize,
-        report: &'a mut ElectReport,
-        progress: &'a mut dyn FnMut(Progress),
-    ) -> Result<Self> {
-        let state = home.refresh()?;
-        let identity = IndexIdentity { incarnation: state.incarnation, epoch: Epoch(state.popular.index) };
-        // Without it some blocks may be copied that are in common packs already.
-        let load = || store.popular().get(&**store.backend(), identity, store.shares().popular_bytes);
-        Ok(Self {
-            store,
-            current: if state.popular.index > 0 { load() } else { None },
-            condemned: state.popular.condemned.0.clone(),
-            builder: IndexBuilder::with_capacity(total),
-            report,
-            progress,
-            total: total as u64,
-            done: 0,
-        })
-    }
-
-    /// The chosen blocks of one group, in donor order; its members are numbered from `first`.
-    fn group(&mut self, group: VmGroup, members: &[Member], first: u32, chosen: &[Chosen]) -> Result<()> {
-        let packs = self.store.packs(self.store.common_home());
-        let mut writer = CommonWriter::new(self.store, packs, group);
-        let outcome = chosen.chunk_by(|a, b| a.donor == b.donor).try_for_each(|blocks| {
-            let number = blocks.first().map_or(0, |block| block.donor - first);
-            let member = members.get(number as usize).ok_or_else(|| corrupt("an election without its members"))?;
-            self.member(group, member, blocks, &mut writer)
-        });
-        match outcome.and_then(|()| writer.commit()) {
-            Ok(()) => {
-                self.report.bytes_stored += writer.bytes_stored();
-                Ok(())
-            }
-            Err(e) => {
-                writer.abandon();
-                Err(e)
-            }
+/// Deletes what elections have left that were cut off and that the store has changed since.
+fn remove_abandoned(store: &Store, now: &Job) {
+    match Job::all(&**store.backend()) {
+        Ok(jobs) => {
+            let old = jobs.iter().filter(|job| job.id != now.id && Description::is_in(job));
+            old.for_each(|job| remove(store, job));
         }
-    }
-
-    fn member(&mut self, group: VmGroup, member: &Member, blocks: &[Chosen], writer: &mut CommonWriter) -> Result<()> {
-        let mut run: Vec<(SlotId, Fingerprint)> = Vec::new();
-        for block in blocks {
-            let slot = block.slot;
-            let page = member.packs.page_of(slot);
-            let print = match page.map(|page| page.and_then(|page| page.fingerprint_of(slot.slot()))) {
-                Ok(Some(print)) => print,
-                Ok(None) => {
-                    // Compacted since it was counted.
-                    self.lose(1, &format!("slot {slot:?} is not there any more"));
-                    continue;
-                }
-                Err(e) => {
-                    self.lose(1, &e.to_string());
-                    continue;
-                }
-            };
-            if let Some(there) = self.there(group, member, slot, &print) {
-                self.builder.add(group, &print, there)?;
-                self.report.blocks_kept += 1;
-                self.done += 1;
-                continue;
-            }
-            let goes_on = run.last().is_some_and(|(last, _)| last.plus(1) == Some(slot));
-            if !goes_on || run.len() >= RUN_BLOCKS {
-                self.copy(group, member, &mut run, writer)?;
-            }
-            run.push((slot, print));
-        }
-        self.copy(group, member, &mut run, writer)
-    }
-
-    /// A common slot that holds the block already and that may be referred to.
-    fn there(&self, group: VmGroup, member: &Member, slot: SlotId, print: &Fingerprint) -> Option<SlotId> {
-        if slot.pack().is_common() && !self.condemned.contains(slot.0) {
-            return Some(slot);
-        }
-        let hints = self.current.iter().flat_map(|index| index.candidates(group, print));
-        hints.filter(|hint| !self.condemned.contains(hint.0)).find(|hint| {
-            let page = member.packs.page_of(*hint).ok().flatten();
-            page.and_then(|page| page.fingerprint_of(hint.slot())).as_ref() == Some(print)
-        })
-    }
-
-    /// Reads a run of blocks, and stores those that are what they should be.
-    fn copy(
-        &mut self,
-        group: VmGroup,
-        member: &Member,
-        run: &mut Vec<(SlotId, Fingerprint)>,
-        writer: &mut CommonWriter,
-    ) -> Result<()> {
-        let Some((first, _)) = run.first() else { return Ok(()) };
-        let mut bytes = vec![0; run.len() * BLOCK_BYTES];
-        if let Err(e) = member.packs.read_blocks(*first, &mut bytes) {
-            if e.kind() == ErrorKind::Unavailable {
-                return Err(e);
-            }
-            // A frame that is damaged must not take its neighbours along.
-            if run.len() > 1 {
-                for block in std::mem::take(run) {
-                    self.copy(group, member, &mut vec![block], writer)?;
-                }
-                return Ok(());
-            }
-            self.lose(1, &e.to_string());
-            run.clear();
-            return Ok(());
-        }
-        let (blocks, _) = bytes.as_chunks::<BLOCK_BYTES>();
-        let mut prints = Vec::with_capacity(blocks.len());
-        fingerprint_blocks(&blocks.iter().collect::<Vec<_>>(), &mut prints);
-        for ((block, print), (slot, wanted)) in blocks.iter().zip(prints).zip(run.drain(..)) {
-            if print != wanted {
-                self.lose(1, &format!("slot {slot:?}: bytes do not match their fingerprint"));
-                continue;
-            }
-            let copied = writer.store(block, print)?;
-            self.builder.add(group, &print, copied)?;
-            self.report.blocks_copied += 1;
-            self.done += 1;
-            if self.report.blocks_copied.is_multiple_of(FLUSH_BLOCKS) {
-                writer.flush_full_frames()?;
-                (self.progress)(Progress::Copying(self.done, self.total));
-            }
-        }
-        Ok(())
-    }
-
-    fn lose(&mut self, blocks: u64, why: &str) {
-        if self.report.blocks_lost == 0 {
-            log::warn!("a popular block is left out: {why}");
-        }
-        self.report.blocks_lost += blocks;
-        self.done += blocks;
+        Err(e) => log::debug!("jobs of earlier elections stay: {e}"),
     }
 }
 

@@ -98,7 +98,7 @@ mod tests {
     use crate::catalog::vm::COMMON_HOME;
     use crate::clock::{ManualClock, Timestamp};
     use crate::fingerprint::fingerprint;
-    use crate::limits::BLOCK_BYTES;
+    use crate::limits::{BLOCK_BYTES, PACK_SLOTS_MAX};
     use crate::name::VmName;
     use crate::store::session::Session;
     use crate::store::{MemoryShares, config};
@@ -176,5 +176,31 @@ mod tests {
         writer.abandon();
         assert_eq!(memory.list(&Key::new("common/packs")).unwrap(), []);
         assert!(home.refresh().unwrap().packs.is_empty());
+    }
+
+    #[test]
+    fn a_pack_can_be_full_of_slots_before_it_is_full_of_bytes() {
+        let memory = Memory::new();
+        config::write_new(&memory, &ManualClock::default()).unwrap();
+        let store = open(&memory);
+        let packs = store.packs(&store.vm_or_create(&VmName::new("a").unwrap()).unwrap());
+        let mut writer = CommonWriter::new(&store, packs.clone(), VmGroup::default());
+        let block = |number: u32| number.to_le_bytes().repeat(BLOCK_BYTES / 4);
+        let mut slots = Vec::new();
+        for number in 0..PACK_SLOTS_MAX + 3 {
+            slots.push(writer.store(&block(number), fingerprint(&block(number))).unwrap());
+            if number % 1024 == 0 {
+                writer.flush_full_frames().unwrap();
+            }
+        }
+        writer.commit().unwrap();
+        let last = PACK_SLOTS_MAX - 1;
+        assert_eq!((slots[0].pack(), slots[last as usize].slot()), (slots[last as usize].pack(), u16::MAX));
+        assert_ne!(slots[0].pack(), slots[PACK_SLOTS_MAX as usize].pack());
+        for number in [0, 1, last - 8, last - 1, last, last + 1, last + 3] {
+            let mut out = vec![0; BLOCK_BYTES];
+            packs.read_blocks(slots[number as usize], &mut out).unwrap();
+            assert!(out == block(number), "{number}");
+        }
     }
 }

@@ -351,7 +351,8 @@ impl DataLane {
         self.filling.extend_from_slice(block);
         self.bytes_bound += BLOCK_BYTES as u64;
         if self.filling.len() >= FRAME_BLOCKS as usize * BLOCK_BYTES {
-            let first = slot + 1 - FRAME_BLOCKS as u16;
+            // The last slot of a pack is the last number there is.
+            let first = slot - (FRAME_BLOCKS as u16 - 1);
             let raw = std::mem::replace(&mut self.filling, Vec::with_capacity(FRAME_BLOCKS as usize * BLOCK_BYTES));
             inner.raw.insert(first, Arc::new(raw));
             self.ready.push(first);

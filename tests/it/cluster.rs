@@ -166,7 +166,7 @@ impl Task for Test {
 
 fn setup(backend: Arc<dyn Backend>, scratch: &Path, threads: usize, memory_bytes: usize) -> Setup {
     Setup {
-        backend,
+        backend: Some(backend),
         clock: Arc::new(SystemClock::new()),
         hosts: None,
         threads,

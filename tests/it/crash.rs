@@ -20,6 +20,7 @@ use snapfs::collect::forget::{forget, forget_by_rules};
 use snapfs::collect::gc::{GcOptions, collect_vm};
 use snapfs::collect::keep::Rules;
 use snapfs::collect::protect::protect;
+use snapfs::elect::count::CountOptions;
 use snapfs::elect::run::{ElectOptions, elect};
 use snapfs::error::{Error, ErrorKind, Result};
 use snapfs::fs::MountedStore;
@@ -245,8 +246,10 @@ fn sharing(scene: &mut Scene) -> Vec<Vec<u8>> {
     images
 }
 
-fn elected(store: &Store) -> Result<()> {
-    elect(store, ElectOptions::default(), &mut |_| {}).map(drop)
+fn elected(store: &Arc<Store>) -> Result<()> {
+    // One thread: every call comes at the same place each time.
+    let count = CountOptions { threads: 1, ..CountOptions::default() };
+    elect(store, &ElectOptions { count, ..ElectOptions::default() }, Arc::new(|_| {})).map(drop)
 }
 
 #[test]
@@ -260,7 +263,7 @@ fn an_election() {
 fn a_collection_that_forwards() {
     let mut scene = Scene::new();
     sharing(&mut scene);
-    elected(&scene.store()).unwrap();
+    elected(&Arc::new(scene.store())).unwrap();
     scene.enumerate(|store, _| collect_all(store, false).map(drop));
 }
 
@@ -268,7 +271,7 @@ fn a_collection_that_forwards() {
 fn a_backup_that_refers_to_common_packs() {
     let mut scene = Scene::new();
     let images = sharing(&mut scene);
-    elected(&scene.store()).unwrap();
+    elected(&Arc::new(scene.store())).unwrap();
     let before = scene.states.remove(0);
     let mut last = before.clone();
     last.insert("d/".to_owned(), Arc::default());
@@ -283,14 +286,14 @@ fn a_backup_that_refers_to_common_packs() {
 fn the_collection_of_common_packs() {
     let mut scene = Scene::new();
     sharing(&mut scene);
-    elected(&scene.store()).unwrap();
+    elected(&Arc::new(scene.store())).unwrap();
     collect_all(&scene.store(), false).unwrap();
     forget(&scene.store(), &[name("a/1.img"), name("b/1.img"), name("c/1.img")]).unwrap();
     scene.states = vec![scene.with(&[("a/", &[]), ("b/", &[]), ("c/", &[])])];
     for vm in ["a", "b", "c"] {
         collect_vm(&scene.store(), &VmName::new(vm).unwrap(), GcOptions::default(), &mut |_| {}).unwrap();
     }
-    elected(&scene.store()).unwrap();
+    elected(&Arc::new(scene.store())).unwrap();
     scene.enumerate(|store, _| {
         for _ in 0..2 {
             collect_common(store, GcOptions::default(), &mut |_| {})?;

@@ -442,7 +442,7 @@ fn sharing() -> (World, Vec<u8>, Vec<u8>) {
     let two = [words(9, 40 * 4096), shared].concat();
     put(&world.store(), "one/a.img", &one).unwrap();
     put(&world.store(), "two/a.img", &two).unwrap();
-    elect(&world.store(), ElectOptions::default(), &mut |_| {}).unwrap();
+    elect(&Arc::new(world.store()), &ElectOptions::default(), Arc::new(|_| {})).unwrap();
     // Their own copies become forwards.
     collect_all(&world.store(), false).unwrap();
     assert!(packs(&world.memory, Content::Data).keys().any(|key| key.starts_with("common/")));

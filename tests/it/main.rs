@@ -19,6 +19,7 @@ mod crash;
 mod damage;
 mod dedup;
 mod docs;
+mod elect;
 mod fence;
 mod files;
 mod forget;

@@ -2,14 +2,15 @@
 //! what every snapshot must read as; and that no VM group learns of another.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use snapfs::catalog::record::Op;
 use snapfs::check::{CheckOptions, check_store};
 use snapfs::collect::common::collect_common;
 use snapfs::collect::forget::forget;
 use snapfs::collect::gc::{GcOptions, GcReport, collect_vm};
-use snapfs::elect::candidates::Passes;
-use snapfs::elect::run::{ElectOptions, ElectReport, census, elect, elect_among};
+use snapfs::elect::count::CountOptions;
+use snapfs::elect::run::{ElectOptions, ElectReport, Elected, census, elect};
 use snapfs::fingerprint::fingerprint;
 use snapfs::name::VmName;
 use snapfs::popular::index::{IndexBuilder, IndexIdentity, PopularIndex};
@@ -27,8 +28,15 @@ fn bytes_below(world: &World, prefix: &str) -> usize {
     world.memory.objects().iter().filter(|(key, _)| key.starts_with(prefix)).map(|(_, bytes)| bytes.len()).sum()
 }
 
-fn elected(store: &Store) -> ElectReport {
-    elect(store, ElectOptions::default(), &mut |_| {}).unwrap()
+pub fn elected(world: &World) -> ElectReport {
+    elected_with(world, &ElectOptions::default())
+}
+
+fn elected_with(world: &World, options: &ElectOptions) -> ElectReport {
+    match elect(&Arc::new(world.store()), options, Arc::new(|_| {})).unwrap() {
+        Elected::Chosen(report) => report,
+        other => panic!("{other:?}"),
+    }
 }
 
 /// Collects all VMs, then the common packs.
@@ -60,7 +68,7 @@ fn an_election_shares_what_vms_hold_and_gc_leaves_one_copy() {
         put(&world.store(), &format!("vm{number}/1.img"), image).unwrap();
     }
     assert_eq!(bytes_below(&world, "common/"), 0);
-    let report = elected(&world.store());
+    let report = elected(&world);
     assert_eq!((report.blocks_popular, report.blocks_copied, report.blocks_kept), (1536, 1536, 0), "{report:?}");
     assert_eq!((report.epoch, report.vms, report.worth.duplicates_percent), (Some(1), 4, 100.0), "{report:?}");
     let common = bytes_below(&world, "common/packs/");
@@ -85,7 +93,7 @@ fn an_election_shares_what_vms_hold_and_gc_leaves_one_copy() {
     let tally = put(&world.store(), "vm0/2.img", &[&noise(9, BLOCK)[..], &images[0][..]].concat()).unwrap().tally;
     assert!(tally.blocks_new <= 20, "{tally:?}");
     // Another election finds all of it where it is.
-    let again = elected(&world.store());
+    let again = elected(&world);
     assert_eq!((again.blocks_popular, again.blocks_copied, again.epoch), (1536, 0, Some(2)), "{again:?}");
     gc(&world.store(), true);
     assert_eq!(bytes_below(&world, "common/packs/"), common);
@@ -99,13 +107,13 @@ fn what_nobody_needs_any_more_goes_after_it_was_condemned() {
     for (number, image) in images.iter().enumerate() {
         put(&world.store(), &format!("vm{number}/1.img"), image).unwrap();
     }
-    elected(&world.store());
+    elected(&world);
     gc(&world.store(), false);
     let common = bytes_below(&world, "common/packs/");
     forget(&world.store(), &[name("vm1/1.img"), name("vm2/1.img")]).unwrap();
     gc(&world.store(), false);
     // One VM still needs it all, although it is not popular any more.
-    assert_eq!(elected(&world.store()).blocks_popular, 0);
+    assert_eq!(elected(&world).blocks_popular, 0);
     for _ in 0..3 {
         gc(&world.store(), true);
     }
@@ -136,7 +144,7 @@ fn a_writer_that_knows_an_older_epoch_is_waited_for() {
     for number in 0..2 {
         put(&world.store(), &format!("vm{number}/1.img"), &image).unwrap();
     }
-    elected(&world.store());
+    elected(&world);
     // It began while everything was popular, and refers to it when all others have forgotten it.
     let store = world.store();
     let handle = store.vm_or_create(&VmName::new("late").unwrap()).unwrap();
@@ -152,7 +160,7 @@ fn a_writer_that_knows_an_older_epoch_is_waited_for() {
         collect_common(&store, GcOptions::default(), &mut |_| {}).unwrap().unwrap()
     };
     others();
-    elected(&world.store());
+    elected(&world);
     others();
     let waiting = others();
     assert_eq!(waiting.waiting_for, ["late"], "{waiting:?}");
@@ -172,7 +180,7 @@ fn a_vm_that_cannot_be_read_stops_the_collection_of_common_packs() {
     for number in 0..2 {
         put(&world.store(), &format!("vm{number}/1.img"), &image).unwrap();
     }
-    elected(&world.store());
+    elected(&world);
     gc(&world.store(), false);
     let roots = crate::invariants::keys(&world.memory, "vms/vm1/snapshots/");
     let taken = world.memory.remove(&roots[0]).unwrap();
@@ -201,11 +209,11 @@ fn nothing_crosses_the_border_of_a_vm_group() {
         set_group(&world.store(), vm, group);
         put(&world.store(), &format!("{vm}/1.img"), &image).unwrap();
     }
-    let report = elected(&world.store());
+    let report = elected(&world);
     assert_eq!((report.groups, report.blocks_shared, report.epoch), (3, 0, None), "{report:?}");
     set_group(&world.store(), "a2", "a");
     put(&world.store(), "a2/1.img", &image).unwrap();
-    let report = elected(&world.store());
+    let report = elected(&world);
     assert!(report.blocks_copied > 1536, "{report:?}");
     for (vm, group, shares) in [("a3", "a", true), ("b2", "b", false), ("other", "", false)] {
         set_group(&world.store(), vm, group);
@@ -218,7 +226,7 @@ fn nothing_crosses_the_border_of_a_vm_group() {
         assert!(bytes_below(&world, &format!("vms/{vm}/packs/")) > image.len(), "{vm}");
     }
     // A second copy for those who may not see the first.
-    elected(&world.store());
+    elected(&world);
     gc(&world.store(), false);
     for vm in ["a1", "a2", "a3", "b1", "b2", "none", "other"] {
         assert!(bytes_below(&world, &format!("vms/{vm}/packs/")) < image.len() / 4, "{vm}");
@@ -229,23 +237,20 @@ fn nothing_crosses_the_border_of_a_vm_group() {
 }
 
 #[test]
-fn many_passes_find_what_one_finds_and_a_budget_takes_the_most_popular() {
+fn a_budget_takes_the_most_popular() {
     let world = World::new();
     for number in 0..4u64 {
         // Block n is held by the VMs from n on, modulo five: popularities from 1 to 4.
         let blocks: Vec<u8> = (0..400u64).filter(|n| n % 5 <= number).flat_map(|n| noise(n, BLOCK)).collect();
         put(&world.store(), &format!("vm{number}/1.img"), &blocks).unwrap();
     }
-    let census = census(&world.store(), &mut |_| {}).unwrap();
+    let census = census(&Arc::new(world.store()), &CountOptions::default(), Arc::new(|_| {})).unwrap();
     assert_eq!(census.blocks, BTreeMap::from([(1, 80), (2, 80), (3, 80), (4, 80)]));
-    let few = Passes { memory_bytes: 1000 };
     // Room for 100 blocks: the 80 that four have, and 20 that three have.
-    let options = ElectOptions { memory_bytes: 1600, sigma_percent: None };
-    let report = elect_among(&world.store(), options, &few, &mut |_| {}).unwrap();
+    let report = elected_with(&world, &ElectOptions { memory_bytes: 1600, ..ElectOptions::default() });
     assert_eq!((report.blocks_popular, report.blocks_shared, report.blocks_distinct), (100, 240, 320), "{report:?}");
     assert!((report.worth.duplicates_percent - 280.0 / 4.8).abs() < 1e-6, "{report:?}");
-    let options = ElectOptions { sigma_percent: Some(50.0), ..ElectOptions::default() };
-    let report = elect(&world.store(), options, &mut |_| {}).unwrap();
+    let report = elected_with(&world, &ElectOptions { sigma_percent: Some(50.0), ..ElectOptions::default() });
     assert_eq!((report.blocks_popular, report.blocks_kept), (160, 100), "{report:?}");
     assert!(report.zipf_alpha.is_some());
     assert_clean(&world);
@@ -305,7 +310,7 @@ fn random_operations_lose_nothing() {
                     }
                 }
                 7 => {
-                    elected(&store);
+                    elected(&world);
                 }
                 _ => {
                     gc(&store, rng.below(2) == 0);
@@ -324,7 +329,7 @@ fn random_operations_lose_nothing() {
             forget(&world.store(), &all).unwrap();
         }
         gc(&world.store(), true);
-        elected(&world.store());
+        elected(&world);
         gc(&world.store(), true);
         gc(&world.store(), true);
         assert_eq!(bytes_below(&world, "common/packs/"), 0, "seed {seed}");

@@ -8,11 +8,11 @@ use snapfs::check::{CheckOptions, check_store};
 use snapfs::collect::common::collect_common;
 use snapfs::collect::forget::forget;
 use snapfs::collect::gc::{GcOptions, collect_vm};
-use snapfs::elect::run::{ElectOptions, elect};
 use snapfs::ingest::backup::BackupReport;
 use snapfs::name::VmName;
 use snapfs::store::Store;
 
+use crate::whole::{Done, Place, SNAPFS, image, need_mount, same};
 use crate::world::{World, get, name, noise, put};
 
 const BLOCK: usize = 4096;
@@ -83,7 +83,7 @@ fn what_another_vm_has_is_shared_at_once_and_its_copy_becomes_a_forward() {
         assert!(get(&world.store(), &format!("vm{number}/1.img")).unwrap() == *image, "vm{number}");
     }
     // An election takes them as they are.
-    let report = elect(&world.store(), ElectOptions::default(), &mut |_| {}).unwrap();
+    let report = crate::popular::elected(&world);
     assert!(report.blocks_kept > 1300 && report.blocks_popular == 1536, "{report:?}");
     gc(&world);
     gc(&world);
@@ -202,5 +202,71 @@ fn a_fault_at_any_call_leaves_a_store_that_is_whole() {
             at += 1;
         }
         assert!(at > 20 && shared > 2, "{fault:?}: {at} calls, {shared} with common packs");
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ of the real program
+
+/// Bytes of the packs in a folder of the store.
+fn pack_bytes(place: &Place, folder: &str) -> u64 {
+    let Ok(rows) = std::fs::read_dir(place.path(&format!("store/{folder}/packs"))) else { return 0 };
+    rows.map(|row| row.unwrap().metadata().unwrap().len()).sum()
+}
+
+/// Two VMs have the same image: is the second one's copy shared at once, or its own?
+fn assert_shares(place: &Place, is_on: bool, bytes: &[u8], what: &str) {
+    let (common, second) = (pack_bytes(place, "common"), pack_bytes(place, "vms/b"));
+    let whole = bytes.len() as u64 / 2;
+    if is_on {
+        assert!(common > whole && second < whole / 4, "{what}: {common} common, {second} of the second VM");
+    } else {
+        assert!(common == 0 && second > whole, "{what}: {common} common, {second} of the second VM");
+    }
+    for vm in ["a", "b"] {
+        same(&place.snapfs(&format!("restore store {vm}/latest -")).ok().out, bytes, what);
+    }
+    place.snapfs("check store --read-data").ok();
+}
+
+#[test]
+fn the_variable_turns_it_off_for_a_command() {
+    for (value, is_on) in [(None, true), (Some("on"), true), (Some("off"), false)] {
+        let place = Place::new();
+        let bytes = image(1, 6);
+        place.write("image.raw", &bytes);
+        for vm in ["a", "b"] {
+            let mut command = place.command(SNAPFS);
+            command.args(["backup", "store", &format!("{vm}/1.img"), "image.raw"]);
+            value.map(|value| command.env("SNAPFS_PROMOTE", value));
+            Done::of(format!("backup of {vm}"), command.output().unwrap()).ok();
+        }
+        assert_shares(&place, is_on, &bytes, &format!("SNAPFS_PROMOTE {value:?}"));
+    }
+    let place = Place::new();
+    place.write("image.raw", b"x");
+    let refused = place.shell(&format!("SNAPFS_PROMOTE=yes {SNAPFS} backup store a/1.img image.raw"));
+    assert!(refused.code == 2 && refused.err.contains("SNAPFS_PROMOTE: neither on nor off"), "{}", refused.err);
+}
+
+#[test]
+fn an_option_turns_it_off_for_a_mount_whatever_the_variable_says() {
+    need_mount!("sighting::an_option_turns_it_off_for_a_mount_whatever_the_variable_says");
+    for (variable, option, is_on) in
+        [("", "", true), ("", "-o promote=off", false), ("off", "", false), ("off", "-o promote=on", true)]
+    {
+        let place = Place::new();
+        let bytes = image(2, 6);
+        place.write("image.raw", &bytes);
+        std::fs::create_dir(place.path("mnt")).unwrap();
+        for vm in ["a", "b"] {
+            // What a VM leaves for the others is there when its writer has ended.
+            place
+                .shell(&format!(
+                    "export SNAPFS_PROMOTE={variable} && {SNAPFS} mount store mnt {option} && mkdir mnt/{vm} && \
+                 cp image.raw mnt/{vm}/1.img && {SNAPFS} umount mnt"
+                ))
+                .ok();
+        }
+        assert_shares(&place, is_on, &bytes, &format!("variable {variable:?}, option {option:?}"));
     }
 }

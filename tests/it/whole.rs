@@ -231,7 +231,7 @@ impl Place {
         let mut command = Command::new(program);
         command.current_dir(self.folder.path()).stdin(Stdio::null()).env("PATH", search_path()).env("LC_ALL", "C");
         command.env("SNAPFS_CONFIG", self.path("host.toml")).env("SNAPFS_ATTACHED", self.path("attached"));
-        for variable in ["SNAPFS_STORE", "SNAPFS_LOG", "RUST_LOG"] {
+        for variable in ["SNAPFS_STORE", "SNAPFS_LOG", "SNAPFS_PROMOTE", "RUST_LOG"] {
             command.env_remove(variable);
         }
         command

@@ -155,7 +155,9 @@ pub fn batch(folder: &Path, vms: usize) {
         return;
     }
     let (expected, seconds) = oracle(vms);
-    println!("{expected} distinct blocks are new on the last day; an exact set of all blocks in memory took {seconds:.0} s");
+    println!(
+        "{expected} distinct blocks are new on the last day; an exact set of all blocks in memory took {seconds:.0} s"
+    );
     println!(
         "| VMs | process | s | million records | of these wanted | verdicts, million | spilled MB | results MB | sent MB | largest resident MiB |"
     );

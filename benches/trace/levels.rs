@@ -133,10 +133,17 @@ pub fn levels() {
     };
     let room = (MEMORY * scale) as usize / CHOSEN_BYTES as usize;
     let sigma = |percent: f64| (unique as f64 * percent / 100.0) as usize;
-    let plain = Scheme { room: 0, oracle: false, promote: false, elect_after: WEEKLY, limits: Limits::NONE };
+    let plain = Scheme {
+        room: 0,
+        oracle: false,
+        promote: false,
+        elect_after: WEEKLY,
+        limits: Limits::NONE,
+        by_pages: 0,
+        gate: false,
+    };
     let mut rows: Vec<(String, Scheme, &str)> = Vec::new();
-    for (percent, told) in
-        [(0.5, "-"), (1.0, "-"), (2.0, "96.0 to 96.3; 118 MB"), (4.0, "96.6 to 96.9; 190 to 220 MB")]
+    for (percent, told) in [(0.5, "-"), (1.0, "-"), (2.0, "96.0 to 96.3; 118 MB"), (4.0, "96.6 to 96.9; 190 to 220 MB")]
     {
         let scheme = Scheme { room: sigma(percent), oracle: true, ..plain };
         rows.push((format!("papers': sigma {percent} %, elected on the days tested"), scheme, told));
@@ -145,16 +152,16 @@ pub fn levels() {
         rows.push((format!("sigma {percent} %, past only"), Scheme { room: sigma(percent), ..plain }, ""));
     }
     let ours = Scheme { promote: true, limits: limits(MEMORY), ..plain };
-    rows.push(("sigma 2 %, past only, promotion".to_owned(), Scheme { room: sigma(2.0), ..ours }, ""));
     rows.push(("promotion alone".to_owned(), ours, ""));
-    rows.push(("ours: 64 MiB / 16 bytes chosen".to_owned(), Scheme { room, ..ours }, ""));
-    rows.push(("ours: all shared blocks chosen".to_owned(), Scheme { room: usize::MAX, ..ours }, ""));
-    let fewer = Scheme { room: usize::MAX, limits: limits(MEMORY / 2.0), ..ours };
-    rows.push(("the same in 32 MiB (--max-memory 256M)".to_owned(), fewer, ""));
-    let daily = Scheme { room: usize::MAX, elect_after: &[0, 1, 2, 3, 4, 5, 6, 7, 8], ..ours };
-    rows.push(("the same in 64 MiB, elected every day".to_owned(), daily, ""));
+    for times in [1, 2, 4, 8] {
+        let name = format!("ours: elect --max-memory {}M", 64 * times);
+        rows.push((name, Scheme { room: room * times, ..ours }, ""));
+    }
+    rows.push(("ours: all shared blocks elected".to_owned(), Scheme { room: usize::MAX, ..ours }, ""));
+    let fewer = Scheme { room: room * 4, limits: limits(MEMORY / 2.0), ..ours };
+    rows.push(("elect --max-memory 256M, 32 MiB resident".to_owned(), fewer, ""));
     let all = Scheme { room: usize::MAX, limits: Limits::NONE, ..ours };
-    rows.push(("the same without any limit".to_owned(), all, ""));
+    rows.push(("all shared blocks, no limit of memory".to_owned(), all, ""));
 
     let names: Vec<String> = rows.iter().map(|row| row.0.clone()).collect();
     let outcomes = in_pairs(&rows.iter().map(|row| row.1).collect::<Vec<_>>(), &|scheme| run(&trace, *scheme));
@@ -239,7 +246,10 @@ fn statistics(trace: &Trace, raw: f64, unique: u64, left: u64) {
             point.duplicates_percent,
         );
     }
-    println!("shared by two VMs or more: {:.1} % of the distinct blocks", percent(census.shared() as f64, unique as f64));
+    println!(
+        "shared by two VMs or more: {:.1} % of the distinct blocks",
+        percent(census.shared() as f64, unique as f64)
+    );
 }
 
 /// The second half of the VMs comes when an election over the first half is done: what the papers tried once.

@@ -32,6 +32,9 @@ pub const WEEKLY: &[usize] = &[0, 7];
 const POPULAR_PAGES_MAX: usize = 512;
 const ROUNDS_MAX: usize = 4;
 
+/// As in collection: slots of a VM's pack that are compared with common packs at a time.
+const COLLECTED_AT_A_TIME: usize = 4 * SLOT_PAGE_FINGERPRINTS;
+
 /// Limits of memory.
 #[derive(Clone, Copy)]
 pub struct Limits {
@@ -47,12 +50,8 @@ pub struct Limits {
 
 impl Limits {
     /// No limits.
-    pub const NONE: Self = Self {
-        popular_bytes: usize::MAX,
-        promoted_bytes: 1 << 40,
-        sighting_bytes: 1 << 40,
-        promoted_slots: u64::MAX,
-    };
+    pub const NONE: Self =
+        Self { popular_bytes: usize::MAX, promoted_bytes: 1 << 40, sighting_bytes: 1 << 40, promoted_slots: u64::MAX };
 }
 
 /// How a run stores what level 2 leaves.
@@ -206,21 +205,11 @@ impl View<'_> {
         planned
     }
 
-    /// Leaves those blocks of a page of a VM's slot table that do not become forwards when its pack is collected.
+    /// Leaves those blocks of a part of a VM's slot table that do not become forwards when its pack is collected.
     fn without_forwards(&self, blocks: &[Block]) -> Vec<Block> {
-        let mut last: Option<SlotId> = None;
-        let mut left = Vec::new();
-        for block in blocks {
-            let print = print(*block);
-            let next = last.and_then(|last| last.plus(1)).filter(|next| {
-                self.common.page_of(*next).and_then(|page| page.fingerprint_of(next.slot())) == Some(print)
-            });
-            last = next.or_else(|| self.page(&print).map(|(slot, _)| slot));
-            if last.is_none() {
-                left.push(*block);
-            }
-        }
-        left
+        let prints: Vec<_> = blocks.iter().map(|block| Some(print(*block))).collect();
+        let origins = self.plan(&prints).origins;
+        blocks.iter().zip(origins).filter(|(_, origin)| *origin == Origin::New).map(|(block, _)| *block).collect()
     }
 }
 
@@ -397,7 +386,7 @@ impl Run {
         let mut all = std::mem::take(&mut self.own);
         let view = self.view();
         for blocks in all.iter_mut().flatten() {
-            *blocks = blocks.chunks(SLOT_PAGE_FINGERPRINTS).flat_map(|page| view.without_forwards(page)).collect();
+            *blocks = blocks.chunks(COLLECTED_AT_A_TIME).flat_map(|part| view.without_forwards(part)).collect();
         }
         drop(view);
         self.own = all;

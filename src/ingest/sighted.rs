@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use crate::dedup::ladder::{Held, Origin, Plan, plan};
 use crate::fingerprint::Fingerprint;
-use crate::popular::sighting::sighting_hook;
 use crate::pack::reader::SlotPage;
+use crate::popular::sighting::sighting_hook;
 use crate::store::sightings::OtherVms;
 use crate::units::{RecordNumber, SlotId};
 

@@ -113,8 +113,8 @@ impl Trace {
     }
 }
 
-/// Prints all tables.
-pub fn levels() {
+/// Prints all tables, of all schemes or of those whose names contain a word.
+pub fn levels(word: &str) {
     let began = Instant::now();
     let trace = trace();
     let raw = (VMS * BLOCKS * DAYS) as f64;
@@ -139,8 +139,6 @@ pub fn levels() {
         promote: false,
         elect_after: WEEKLY,
         limits: Limits::NONE,
-        by_pages: 0,
-        gate: false,
     };
     let mut rows: Vec<(String, Scheme, &str)> = Vec::new();
     for (percent, told) in [(0.5, "-"), (1.0, "-"), (2.0, "96.0 to 96.3; 118 MB"), (4.0, "96.6 to 96.9; 190 to 220 MB")]
@@ -163,6 +161,7 @@ pub fn levels() {
     let all = Scheme { room: usize::MAX, limits: Limits::NONE, ..ours };
     rows.push(("all shared blocks, no limit of memory".to_owned(), all, ""));
 
+    rows.retain(|row| row.0.contains(word));
     let names: Vec<String> = rows.iter().map(|row| row.0.clone()).collect();
     let outcomes = in_pairs(&rows.iter().map(|row| row.1).collect::<Vec<_>>(), &|scheme| run(&trace, *scheme));
     let raw_later = raw / DAYS as f64 * (DAYS - 1) as f64;
@@ -289,7 +288,14 @@ fn in_pairs<T: Sync>(work: &[T], run: &(dyn Fn(&T) -> Outcome + Sync)) -> Vec<Ou
                     let Some(item) = work.get(at) else { return };
                     let began = Instant::now();
                     let outcome = run(item);
-                    eprintln!("scheme {} of {}: {:.0} s", at + 1, work.len(), began.elapsed().as_secs_f64());
+                    eprintln!(
+                        "scheme {} of {}: {:.0} s, {} blocks stored, {} when collected",
+                        at + 1,
+                        work.len(),
+                        began.elapsed().as_secs_f64(),
+                        outcome.inline,
+                        outcome.collected
+                    );
                     done.lock().unwrap()[at] = outcome;
                 }
             });

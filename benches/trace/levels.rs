@@ -133,13 +133,7 @@ pub fn levels(word: &str) {
     };
     let room = (MEMORY * scale) as usize / CHOSEN_BYTES as usize;
     let sigma = |percent: f64| (unique as f64 * percent / 100.0) as usize;
-    let plain = Scheme {
-        room: 0,
-        oracle: false,
-        promote: false,
-        elect_after: WEEKLY,
-        limits: Limits::NONE,
-    };
+    let plain = Scheme { room: 0, oracle: false, promote: false, elect_after: WEEKLY, limits: Limits::NONE };
     let mut rows: Vec<(String, Scheme, &str)> = Vec::new();
     for (percent, told) in [(0.5, "-"), (1.0, "-"), (2.0, "96.0 to 96.3; 118 MB"), (4.0, "96.6 to 96.9; 190 to 220 MB")]
     {

@@ -8,7 +8,9 @@ use crate::catalog::record::PackEntry;
 use crate::catalog::state::VmState;
 use crate::catalog::vm::Vm;
 use crate::collect::live::{Exactness, Roots, Walk, slot_range};
+use crate::dedup::ladder::{self, Origin, plan};
 use crate::error::Result;
+use crate::fingerprint::Fingerprint;
 use crate::limits::{PACK_BYTES_MAX, PACK_MEMBERS_MAX, SLOT_PAGE_FINGERPRINTS};
 use crate::pack::Content;
 use crate::pack::frame::FrameRow;
@@ -16,7 +18,7 @@ use crate::pack::index::{ForwardRow, HEADER_BYTES};
 use crate::pack::reader::{Packs, read_slot_page};
 use crate::store::common::group_of;
 use crate::store::session::PopularView;
-use crate::units::{ObjectId, PackNumber, SlotId, VmGroup};
+use crate::units::{ObjectId, PackNumber, RecordNumber, SlotId, VmGroup};
 
 /// Slots whose bitmap is held at a time: 4 MiB when dense, 64 MiB in the worst case of many small packs (I8).
 const SLOTS_AT_A_TIME: u64 = 32 << 20;
@@ -26,6 +28,15 @@ const PAGES_ALL_MAX: u64 = 32;
 
 /// See [`PAGES_ALL_MAX`]: popular blocks come in runs, and the exact count comes before anything is written.
 const PAGES_STEP: u32 = 8;
+
+/// Pages of a slot table that are compared with common packs at a time: as many slots as a segment has blocks.
+const PAGES_AT_A_TIME: u32 = 4;
+
+/// Pages of common packs that these are compared with, at the most: one for each slot.
+const COMMON_PAGES_MAX: usize = PAGES_AT_A_TIME as usize * SLOT_PAGE_FINGERPRINTS;
+
+/// How often a comparison is made again with further pages.
+const ROUNDS_MAX: usize = 4;
 
 /// An object is rewritten when at least this share of its frames' bytes is dead or forwardable; see also
 /// [`FORWARDABLE_PERCENT_MIN`].
@@ -160,10 +171,10 @@ pub struct Sharing<'a> {
 }
 
 impl Sharing<'_> {
-    /// The common slots that hold live blocks of a pack which are in its frames. With `step`, only every so many pages
-    /// of its slot table are looked at. Returns those found, and how many slots were looked at.
+    /// The common slots that hold live blocks of a pack which are in its frames. With `step`, only a part of
+    /// its slot table is looked at, one in so many. Returns those found, and how many slots were looked at.
     ///
-    /// Cost: reads these pages, and for each run of hits a page of a common pack.
+    /// Cost: reads these pages, and pages of common packs around hits.
     ///
     /// # Errors
     /// `Corrupt`, `Unavailable`.
@@ -179,28 +190,57 @@ impl Sharing<'_> {
         let place = packs.locate(pack)?;
         let index = packs.index(&place)?;
         let member = index.member(pack)?;
-        for page in (0..member.present_pages()).step_by(step.max(1) as usize) {
-            let page = read_slot_page(&**packs.backend(), &place, member, page)?;
-            // What follows a hit is mostly its neighbour, of the same pack and so of the same group: kept together, runs
-            // stay runs, also where only a part of the index is in memory.
-            let mut last: Option<SlotId> = None;
-            for (slot, print) in page.slots.iter().zip(&page.fingerprints) {
-                if !live.contains(u32::from(*slot)) {
-                    continue;
+        let pages = member.present_pages();
+        for first in (0..pages).step_by((PAGES_AT_A_TIME * step.max(1)) as usize) {
+            let (mut slots, mut prints) = (Vec::new(), Vec::new());
+            for page in first..pages.min(first + PAGES_AT_A_TIME) {
+                let page = read_slot_page(&**packs.backend(), &place, member, page)?;
+                for (slot, print) in page.slots.iter().zip(&page.fingerprints) {
+                    if live.contains(u32::from(*slot)) {
+                        slots.push(SlotId::new(pack, *slot));
+                        prints.push(Some(*print));
+                    }
                 }
-                seen += 1;
-                let next = last.and_then(|last| last.plus(1)).filter(|next| {
-                    !self.popular.is_condemned(*next)
-                        && packs.page_of(*next).ok().flatten().and_then(|p| p.fingerprint_of(next.slot()))
-                            == Some(*print)
-                });
-                last = next.or_else(|| self.popular.find(packs, self.group, print));
-                if let Some(target) = last {
-                    found.insert(SlotId::new(pack, *slot), target);
+            }
+            seen += slots.len() as u64;
+            for (slot, origin) in slots.into_iter().zip(self.compare(packs, &prints)) {
+                if let Origin::Held(target) = origin {
+                    found.insert(slot, target);
                 }
             }
         }
         Ok((found, seen))
+    }
+
+    /// Where common packs have these blocks. A hint brings its page along, and where a run goes on the next one: so
+    /// all is found where only a part of the index is in memory.
+    fn compare(&self, packs: &Packs, prints: &[Option<Fingerprint>]) -> Vec<Origin> {
+        let mut held = ladder::Held::default();
+        for print in prints.iter().flatten() {
+            if !held.holds(print)
+                && let Some(slot) = self.popular.find(packs, self.group, print)
+                && let Some(page) = self.popular.page_of(packs, slot)
+            {
+                held.add(page);
+            }
+        }
+        let mut planned = plan(prints, &[], &held, RecordNumber(0));
+        for _ in 0..ROUNDS_MAX {
+            let before = held.len();
+            for slot in planned.wanted.iter().filter(|slot| slot.pack().is_common()) {
+                if held.len() < COMMON_PAGES_MAX
+                    && !held.has(*slot)
+                    && let Some(page) = self.popular.page_of(packs, *slot)
+                {
+                    held.add(page);
+                }
+            }
+            if held.len() == before {
+                break;
+            }
+            planned = plan(prints, &[], &held, RecordNumber(0));
+        }
+        planned.origins
     }
 }
 

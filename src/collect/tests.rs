@@ -299,6 +299,32 @@ fn a_wrong_bitmap_does_not_lose_what_recipes_use() {
     bench.verify(&bench.memory);
 }
 
+#[test]
+fn forwards_are_found_between_own_blocks_where_one_entry_of_eight_is_in_memory() {
+    use crate::clock::ManualClock;
+    use crate::elect::run::{ElectOptions, Elected, elect};
+    use crate::store::{MemoryShares, Store};
+    let mut bench = Bench::new();
+    bench.backup("db02/0.img", (1..=3000).collect());
+    // Of three blocks, the third is its own.
+    bench.backup(
+        "web01/0.img",
+        (1..=3000).flat_map(|n| [n, 10_000 + n].into_iter().take(1 + (n as usize + 1) % 2)).collect(),
+    );
+    let options = ElectOptions { memory_bytes: 1 << 20, ..ElectOptions::default() };
+    let store = Arc::new(open(Arc::new(bench.memory.clone())));
+    let Elected::Chosen(elected) = elect(&store, &options, Arc::new(|_| {})).unwrap() else { unreachable!() };
+    assert_eq!(elected.blocks_popular, 3000);
+    let shares = MemoryShares { popular_bytes: 4000, ..MemoryShares::default() };
+    let clock = Arc::new(ManualClock::default());
+    bench.store = Store::with_backend(Arc::new(bench.memory.clone()), None, clock, shares).unwrap();
+    let before = bench.bytes("vms/web01/packs");
+    gc(&bench, false, false);
+    let after = bench.bytes("vms/web01/packs");
+    assert!(after * 100 < before * 40, "a third is its own: {before} bytes, {after} left");
+    bench.verify(&bench.memory);
+}
+
 struct Tell<'a>(&'a AtomicBool);
 
 impl Drop for Tell<'_> {

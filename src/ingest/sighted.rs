@@ -2,9 +2,11 @@
 //! a common pack and not to the VM's own (I5); the other VM's copy becomes a forward when its pack is rewritten.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use crate::dedup::ladder::{Held, Origin, Plan, plan};
 use crate::fingerprint::Fingerprint;
+use crate::pack::reader::SlotPage;
 use crate::popular::sighting::sighting_hook;
 use crate::store::sightings::OtherVms;
 use crate::units::{RecordNumber, SlotId};
@@ -22,7 +24,7 @@ const PAGES_MAX: usize = 64;
 const ROUNDS_MAX: usize = 4;
 
 /// Where the last segments that had blocks of other VMs went on in these. A segment with few new blocks may have no hook,
-/// and images often go on alike: on real images this finds a tenth of what hooks alone miss.
+/// and images often go on alike; it helps most where the sample had to be thinned out.
 #[derive(Debug, Default)]
 pub struct Trail(VecDeque<(u32, SlotId)>);
 
@@ -47,10 +49,33 @@ impl Trail {
     }
 }
 
+/// What is known of other VMs: those of a store, or those of a trace that a bench made.
+pub trait Neighbours {
+    /// Where other VMs have blocks of these hooks: by VM, those that have most of them first.
+    fn look_up(&self, hooks: &[u64]) -> Vec<(u32, Vec<SlotId>)>;
+
+    /// The page of a slot table of another VM; what cannot be read is not there.
+    fn page_of(&self, donor: u32, slot: SlotId) -> Option<Arc<SlotPage>>;
+}
+
+impl Neighbours for OtherVms {
+    fn look_up(&self, hooks: &[u64]) -> Vec<(u32, Vec<SlotId>)> {
+        self.look_up(hooks)
+    }
+    fn page_of(&self, donor: u32, slot: SlotId) -> Option<Arc<SlotPage>> {
+        self.page_of(donor, slot)
+    }
+}
+
 /// For each block, whether it is new to its VM and another VM has it.
 ///
 /// Cost: memory only where no hook is known; else pages of slot tables, cached.
-pub fn sighted(others: &OtherVms, prints: &[Option<Fingerprint>], planned: &Plan, trail: &mut Trail) -> Vec<bool> {
+pub fn sighted(
+    others: &impl Neighbours,
+    prints: &[Option<Fingerprint>],
+    planned: &Plan,
+    trail: &mut Trail,
+) -> Vec<bool> {
     let mut seen = vec![false; prints.len()];
     // What is left to be looked for; the rest is as good as zeros.
     let mut left: Vec<Option<Fingerprint>> =
@@ -88,7 +113,7 @@ pub fn sighted(others: &OtherVms, prints: &[Option<Fingerprint>], planned: &Plan
 }
 
 /// Adds the pages of these slots; whether there was any.
-fn add_pages(others: &OtherVms, donor: u32, held: &mut Held, wanted: &[SlotId]) -> bool {
+fn add_pages(others: &impl Neighbours, donor: u32, held: &mut Held, wanted: &[SlotId]) -> bool {
     let before = held.len();
     for slot in wanted {
         if held.len() >= PAGES_MAX {

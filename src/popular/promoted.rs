@@ -65,6 +65,11 @@ impl Promoted {
         rest.iter().take_while(move |(other, _)| *other == key).map(|(_, slot)| *slot)
     }
 
+    /// Bytes that it takes in memory.
+    pub fn memory_bytes(&self) -> usize {
+        self.entries.capacity() * ENTRY_BYTES
+    }
+
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()

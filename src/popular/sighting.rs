@@ -183,6 +183,11 @@ impl SightingIndex {
         self
     }
 
+    /// Bytes that it takes in memory.
+    pub fn memory_bytes(&self) -> usize {
+        self.entries.capacity() * ENTRY_BYTES
+    }
+
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()

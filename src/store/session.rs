@@ -115,6 +115,19 @@ impl PopularView {
         })
     }
 
+    /// The page of a slot table around a slot, for matching: without what may not be referred to.
+    pub fn page_of(&self, packs: &Packs, slot: SlotId) -> Option<Arc<SlotPage>> {
+        // A hint that cannot be read is no hint.
+        let page = packs.page_of(slot).ok().flatten()?;
+        let is_condemned = |slot: &u16| self.is_condemned(SlotId::new(page.pack, *slot));
+        if !page.pack.is_common() || !page.slots.iter().any(is_condemned) {
+            return Some(page);
+        }
+        let kept = page.slots.iter().zip(&page.fingerprints).filter(|(slot, _)| !is_condemned(slot));
+        let (slots, fingerprints) = kept.map(|(slot, print)| (*slot, *print)).unzip();
+        Some(Arc::new(SlotPage { pack: page.pack, slots, fingerprints }))
+    }
+
     /// The index of its epoch, loaded when it is first wanted.
     fn index(&self) -> Option<&Arc<PopularIndex>> {
         let load = || {
@@ -349,15 +362,7 @@ impl Session {
         if self.is_absent(slot.pack()) {
             return None;
         }
-        // A hint that cannot be read is no hint.
-        let page = self.packs.page_of(slot).ok().flatten()?;
-        let is_condemned = |slot: &u16| self.popular.is_condemned(SlotId::new(page.pack, *slot));
-        if !page.pack.is_common() || !page.slots.iter().any(is_condemned) {
-            return Some(page);
-        }
-        let kept = page.slots.iter().zip(&page.fingerprints).filter(|(slot, _)| !is_condemned(slot));
-        let (slots, fingerprints) = kept.map(|(slot, print)| (*slot, *print)).unzip();
-        Some(Arc::new(SlotPage { pack: page.pack, slots, fingerprints }))
+        self.popular.page_of(&self.packs, slot)
     }
 
     /// The other VMs whose blocks it may notice: for second sighting.

@@ -176,7 +176,7 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// `NotFound`, `Unavailable`.
     fn pin(&self, key: &Key) -> Result<Box<dyn Guard>>;
 
-    /// Whether anybody holds a pin on the object. `false` when it is not there.
+    /// Whether anybody holds a pin on the object, or the lock of this key. `false` when it is not there.
     ///
     /// # Errors
     /// `Unavailable`.

@@ -228,7 +228,8 @@ impl Backend for Memory {
 
     fn is_pinned(&self, key: &Key) -> Result<bool> {
         let medium = held(&self.shared);
-        Ok(medium.objects.get(key.as_str()).is_some_and(|object| Arc::strong_count(&object.pins) > 1))
+        let is_pinned = medium.objects.get(key.as_str()).is_some_and(|object| Arc::strong_count(&object.pins) > 1);
+        Ok(is_pinned || medium.locks.contains(key.as_str()))
     }
 
     fn try_lock(&self, key: &Key) -> Result<Option<Box<dyn Guard>>> {

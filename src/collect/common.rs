@@ -13,6 +13,7 @@ use crate::catalog::state::VmState;
 use crate::catalog::vm::{COMMON_HOME, Vm, home_folder, pack_key, title};
 use crate::collect::gc::{Collector, GcOptions, GcReport, Left, Progress, objects_there};
 use crate::collect::live::{common_slots, slot_range};
+use crate::collect::pace::Pace;
 use crate::collect::plan::Plan;
 use crate::error::{ErrorKind, Result, corrupt};
 use crate::limits::CONDEMNED_SLOTS_MAX;
@@ -292,7 +293,9 @@ impl Run<'_> {
     ) -> Result<()> {
         let there = whole(state, present(packs, state)?);
         let plan = Plan::of_known(packs, state, there - gone);
-        Collector::new(self.session, self.options, None, report.clone(), progress).run_planned(state, plan, report)
+        let pace = Pace::beside(self.store, COMMON_HOME)?;
+        Collector::new(self.session, self.options, None, pace, report.clone(), progress)
+            .run_planned(state, plan, report)
     }
 
     /// Objects that the log does not know, of writers that joined before a record.

@@ -18,6 +18,7 @@ use crate::catalog::roots::{parse_root_name, root_key};
 use crate::catalog::state::VmState;
 use crate::catalog::vm::{Vm, home_folder, pack_key, title};
 use crate::collect::compact::{Failure, Source, rewrite};
+use crate::collect::pace::Pace;
 use crate::collect::plan::{Plan, Sharing, Survey, Surveyed, bins, live_of};
 use crate::error::{Error, ErrorKind, Result, busy};
 use crate::name::VmName;
@@ -164,7 +165,10 @@ fn collect(
     } else {
         drop((state, plan, left));
         match Session::begin_without_index(store, &vm) {
-            Ok(session) => Collector::new(&session, options, bounds, report.clone(), progress).run(&mut report)?,
+            Ok(session) => {
+                let pace = if bounds.is_some() { Pace::bounded() } else { Pace::beside(store, name.as_str())? };
+                Collector::new(&session, options, bounds, pace, report.clone(), progress).run(&mut report)?;
+            }
             Err(e) if e.kind() == ErrorKind::Busy => {
                 log::info!("{e}");
                 report.busy = true;
@@ -317,6 +321,7 @@ pub(super) struct Collector<'a> {
     vm: Arc<Vm>,
     options: GcOptions,
     bounds: Option<Bounds<'a>>,
+    pace: Pace,
     report: GcReport,
     progress: &'a mut dyn FnMut(Progress),
     // What `dropping` named and is proven gone.
@@ -334,6 +339,7 @@ impl<'a> Collector<'a> {
         session: &'a Session,
         options: GcOptions,
         bounds: Option<Bounds<'a>>,
+        pace: Pace,
         report: GcReport,
         progress: &'a mut dyn FnMut(Progress),
     ) -> Self {
@@ -342,6 +348,7 @@ impl<'a> Collector<'a> {
             vm: session.vm().clone(),
             options,
             bounds,
+            pace,
             report,
             progress,
             deleted: BTreeSet::new(),
@@ -525,6 +532,7 @@ impl<'a> Collector<'a> {
                     self.compact_bin(&bin, &surveyed)?;
                 }
                 (self.progress)(Progress::Compacting(self.compacted, plan.rewritten));
+                self.pace.step();
                 if self.moving.bytes >= MOVE_BYTES {
                     self.publish()?;
                 }

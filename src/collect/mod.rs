@@ -25,6 +25,8 @@ pub mod plan;
 
 pub mod live;
 
+mod pace;
+
 #[cfg(test)]
 #[allow(dead_code, missing_docs, reason = "shared with the tests of `check`")]
 mod testing;

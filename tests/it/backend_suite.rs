@@ -400,6 +400,8 @@ fn a_lock_has_one_holder(place: &Place) {
     let (one, two) = (&*place.first, &*place.second);
     let lock = one.try_lock(&key("vms/web01/lock")).unwrap().unwrap();
     for backend in [one, two] {
+        assert!(backend.is_pinned(&key("vms/web01/lock")).unwrap());
+        assert!(!backend.is_pinned(&key("vms/web02/lock")).unwrap());
         assert!(backend.try_lock(&key("vms/web01/lock")).unwrap().is_none());
         assert!(backend.try_lock(&key("vms/web02/lock")).unwrap().is_some());
     }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::backend::replicate::Replicated;
 use crate::backend::{Backend, Key};
-use crate::catalog::record::{Attributes, Op, Record, checkpoint_object, open_checkpoint};
+use crate::catalog::record::{Attributes, Op, PackEntry, Record, checkpoint_object, open_checkpoint};
 use crate::catalog::state::VmState;
 use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, Result, busy, corrupt, not_found};
@@ -50,6 +50,18 @@ pub fn record_key(vm: &str, number: RecordNumber) -> Key {
 /// The key of a pack object.
 pub fn pack_key(vm: &str, object: ObjectId) -> Key {
     Key::new(format!("{}/packs/{}", home_folder(vm), object_name(object)))
+}
+
+/// Where the object that holds a pack is, by the entry that the log has of the pack.
+pub fn object_place(vm: &str, incarnation: Incarnation, entry: &PackEntry) -> ObjectPlace {
+    ObjectPlace {
+        key: pack_key(vm, entry.object),
+        incarnation,
+        object: entry.object,
+        content: entry.content,
+        bytes: entry.object_bytes,
+        tail_bytes: entry.tail_bytes,
+    }
 }
 
 /// The key of a checkpoint: the state after a record.
@@ -481,14 +493,7 @@ impl Vm {
     /// The place of a pack by a state.
     fn place(&self, state: &VmState, pack: PackNumber) -> Result<ObjectPlace> {
         let entry = state.pack(pack).map_err(|e| e.within(title(&self.name)))?;
-        Ok(ObjectPlace {
-            key: pack_key(&self.name, entry.object),
-            incarnation: state.incarnation,
-            object: entry.object,
-            content: entry.content,
-            bytes: entry.object_bytes,
-            tail_bytes: entry.tail_bytes,
-        })
+        Ok(object_place(&self.name, state.incarnation, entry))
     }
 
     /// Where objects are.

@@ -14,7 +14,7 @@ use crate::catalog::hold::Hold;
 use crate::catalog::record::{Dead, Record, open_checkpoint};
 use crate::catalog::roots::{open_root, root_key};
 use crate::catalog::state::VmState;
-use crate::catalog::vm::{LogEntry, Vm, incarnation_by_copies, log_prefix, pack_key, parse_log_name};
+use crate::catalog::vm::{LogEntry, Vm, incarnation_by_copies, log_prefix, object_place, parse_log_name};
 use crate::check::faults::Severity;
 use crate::check::store::{CheckOptions, CheckReport};
 use crate::error::{Error, ErrorKind, Result, corrupt};
@@ -167,14 +167,7 @@ impl CopyCheck<'_> {
     fn check_packs(&mut self, vm: &Vm, state: &VmState) {
         let mut seen = BTreeSet::new();
         for entry in state.packs.values().filter(|entry| seen.insert(entry.object)) {
-            let place = ObjectPlace {
-                key: pack_key(vm.name(), entry.object),
-                incarnation: state.incarnation,
-                object: entry.object,
-                content: entry.content,
-                bytes: entry.object_bytes,
-                tail_bytes: entry.tail_bytes,
-            };
+            let place = object_place(vm.name(), state.incarnation, entry);
             self.check_pack(vm.name(), &place);
         }
     }

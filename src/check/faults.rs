@@ -97,6 +97,8 @@ pub struct Faults {
     found: BTreeMap<(Subject, Severity), Fault>,
     dropped: u64,
     lost_kept: usize,
+    /// Snapshots whose root page cannot be read.
+    pub lost_roots: BTreeSet<RootId>,
     /// Packs of which nothing can be read.
     pub lost_packs: BTreeSet<PackNumber>,
     /// Slots that cannot be read or are not what they should be.

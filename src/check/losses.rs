@@ -105,22 +105,19 @@ pub fn name_losses(
     let held = held.iter().map(|(root, name)| (*root, name.clone(), None));
     for (id, name, file) in files.chain(held) {
         let mut bytes = 0;
-        match read_root(&**vm.backend(), vm.name(), state.incarnation, id) {
-            Ok(root) if faults.has_losses() => {
-                for (pack, found) in search.of_snapshot(&root, &name, faults) {
-                    bytes += found.bytes;
-                    faults.concern(&Subject::of_pack(pack, state, common), found);
-                }
+        if faults.lost_roots.contains(&id) {
+            let mut found = Lost::of(&name);
+            if let Some(file) = file.filter(|file| file.image_bytes > 0) {
+                found.add(0, file.image_bytes);
+                bytes = found.bytes;
             }
-            Ok(_) => {}
-            // The root page: the check of the snapshot has told why.
-            Err(_) => {
-                let mut found = Lost::of(&name);
-                if let Some(file) = file.filter(|file| file.image_bytes > 0) {
-                    found.add(0, file.image_bytes);
-                    bytes = found.bytes;
-                }
-                faults.concern(&Subject::Root(id), found);
+            faults.concern(&Subject::Root(id), found);
+        } else if faults.has_losses()
+            && let Ok(root) = read_root(&**vm.backend(), vm.name(), state.incarnation, id)
+        {
+            for (pack, found) in search.of_snapshot(&root, &name, faults) {
+                bytes += found.bytes;
+                faults.concern(&Subject::of_pack(pack, state, common), found);
             }
         }
         if let Some(file) = file {

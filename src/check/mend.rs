@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::catalog::record::{Op, PackEntry};
 use crate::catalog::roots::read_root;
-use crate::catalog::vm::{COMMON_HOME, Vm, pack_key, title};
+use crate::catalog::vm::{COMMON_HOME, Vm, object_place, pack_key, title};
 use crate::check::faults::Severity;
 use crate::check::live::{LiveImage, Search};
 use crate::check::store::CheckReport;
@@ -47,14 +47,7 @@ pub fn mend_store(store: &Store, images: &[&dyn LiveImage], report: &mut CheckRe
         let Ok(state) = vm.refresh() else { continue };
         let mut seen = BTreeSet::new();
         for entry in state.packs.values().filter(|entry| seen.insert(entry.object)) {
-            let place = ObjectPlace {
-                key: pack_key(vm.name(), entry.object),
-                incarnation: state.incarnation,
-                object: entry.object,
-                content: entry.content,
-                bytes: entry.object_bytes,
-                tail_bytes: entry.tail_bytes,
-            };
+            let place = object_place(vm.name(), state.incarnation, entry);
             let wounds = match examine(&**store.backend(), &place) {
                 Ok(wounds) if wounds.is_none() => continue,
                 Ok(wounds) => wounds,

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use crate::backend::Backend;
 use crate::catalog::record::PackEntry;
-use crate::catalog::vm::{Vm, pack_key};
+use crate::catalog::vm::{Vm, object_place};
 use crate::check::faults::{Faults, Severity, Subject};
 use crate::check::store::CheckOptions;
 use crate::error::{ErrorKind, Result, corrupt};
@@ -52,14 +52,7 @@ impl<'a> ObjectCheck<'a> {
     /// Cost: index and slot tables; the frames that the options ask for.
     pub fn check(&mut self, object: ObjectId, entries: &[PackEntry], faults: &mut Faults) {
         let Some(first) = entries.first() else { return };
-        let place = ObjectPlace {
-            key: pack_key(self.vm.name(), object),
-            incarnation: self.incarnation,
-            object,
-            content: first.content,
-            bytes: first.object_bytes,
-            tail_bytes: first.tail_bytes,
-        };
+        let place = object_place(self.vm.name(), self.incarnation, first);
         let subject = Subject::Object(object);
         let index = self.check_length(&place).and_then(|()| read_index(self.backend(), &place));
         let index = match index {

@@ -72,6 +72,7 @@ impl<'a> TreeCheck<'a> {
             Ok(root) => root,
             Err(e) => {
                 let what = if e.kind() == ErrorKind::NotFound { "is missing".into() } else { e.to_string() };
+                faults.lost_roots.insert(id);
                 return faults.note_below(subject, Severity::Must, what, below);
             }
         };

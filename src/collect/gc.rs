@@ -324,6 +324,8 @@ pub(super) struct Collector<'a> {
     pace: Pace,
     report: GcReport,
     progress: &'a mut dyn FnMut(Progress),
+    // What was there when the run began, on any target.
+    there: BTreeMap<Dead, u64>,
     // What `dropping` named and is proven gone.
     deleted: BTreeSet<Dead>,
     // Roots that the plan holds for live: one that is not among them must not turn up in the log.
@@ -351,6 +353,7 @@ impl<'a> Collector<'a> {
             pace,
             report,
             progress,
+            there: BTreeMap::new(),
             deleted: BTreeSet::new(),
             live_roots: BTreeSet::new(),
             moving: Moving::default(),
@@ -360,7 +363,8 @@ impl<'a> Collector<'a> {
     }
 
     fn run(mut self, report: &mut GcReport) -> Result<()> {
-        let before: u64 = objects_there(&self.vm)?.values().sum();
+        self.there = objects_there(&self.vm)?;
+        let before: u64 = self.there.values().sum();
         let outcome = self.collect();
         let after: u64 = objects_there(&self.vm)?.values().sum();
         self.report.bytes_reclaimed = before.saturating_sub(after);
@@ -378,6 +382,7 @@ impl<'a> Collector<'a> {
 
     /// Does what was planned for a home whose leaks and forgotten snapshots are not for us to judge.
     pub(super) fn run_planned(mut self, state: &VmState, mut plan: Plan, report: &mut GcReport) -> Result<()> {
+        self.there = objects_there(&self.vm)?;
         let outcome = self.delete_dropped().and_then(|()| {
             self.report.tell(&self.vm, &plan);
             self.drop_dead(state, &plan)?;
@@ -463,11 +468,11 @@ impl<'a> Collector<'a> {
                 log::warn!("{key}: the log lets it go although it is needed");
                 continue;
             }
-            // Asked first only to count right.
-            let was_there = self.vm.backend().len(&key).is_ok();
             self.vm.backend().delete(&key)?;
             self.deleted.insert(*dead);
-            if was_there {
+            // Only what an earlier run had not deleted yet counts. The listing of all targets tells; a copy that is
+            // left on a target that was away would count for a bad one if each object were asked for.
+            if self.there.contains_key(dead) {
                 self.report.objects_deleted += 1;
                 (self.progress)(Progress::Deleting(self.report.objects_deleted));
             }

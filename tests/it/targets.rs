@@ -334,6 +334,33 @@ fn a_target_that_comes_back_late_resurrects_nothing() {
     assert_eq!(read_store(&scene.store()).unwrap(), wanted);
 }
 
+#[test]
+fn what_a_target_kept_while_it_was_away_is_no_bad_copy_elsewhere() {
+    for exact in [false, true] {
+        let scene = Scene::two(1);
+        put(&scene.store(), "vm/a.img", &image(1)).unwrap();
+        put(&scene.store(), "vm/b.img", &image(50)).unwrap();
+        let decides = scene.arbiter("vm");
+        let (late, away): (usize, &'static [usize]) = if decides == 1 { (2, &[2]) } else { (1, &[1]) };
+        let store = scene.without(away).unwrap();
+        forget_one(&store, "vm/a.img").unwrap();
+        collect_all(&store, false).unwrap();
+        drop(store);
+        let there = scene.objects(decides);
+        let kept: Vec<String> = scene.objects(late).into_keys().filter(|key| !there.contains_key(key)).collect();
+        assert!(kept.iter().any(|key| key.contains("/snapshots/")), "the late target kept a root page: {kept:?}");
+        assert!(kept.iter().any(|key| key.contains("/packs/")), "and packs: {kept:?}");
+        // They go, and nobody is told that the other target lacks them.
+        let store = scene.store();
+        collect_all(&store, exact).unwrap();
+        let targets = store.backend().replicated().unwrap();
+        let accused: Vec<&String> = kept.iter().filter(|key| targets.wants_healing(&Key::new(*key))).collect();
+        assert!(accused.is_empty(), "exact: {exact}: {accused:?}");
+        let left = scene.objects(late);
+        assert!(kept.iter().all(|key| !left.contains_key(key)), "exact: {exact}: what was kept is gone");
+    }
+}
+
 /// A medium that hangs in every call while it is told to.
 #[derive(Debug)]
 struct Hanging {

@@ -40,6 +40,7 @@ use snapfs::catalog::vm::Vm;
 use snapfs::clock::SystemClock;
 use snapfs::collect::forget::forget;
 use snapfs::collect::gc::{GcOptions, collect_vm};
+use snapfs::collect::grace::Grace;
 use snapfs::collect::plan::Plan;
 use snapfs::error::Result;
 use snapfs::image::tree::{read_group, read_recipe};
@@ -300,7 +301,8 @@ fn child(words: &[String]) {
             let (vm, state) = store.vm(&vm_name).unwrap();
             let mut after = (*state).clone();
             after.files.retain(|_, file| !is_gone(file));
-            let plan = Plan::make(&vm, &store.packs(&vm), &after, false, &PopularView::now(&store)).unwrap();
+            let plan = Plan::make(&vm, &store.packs(&vm), &after, false, &PopularView::now(&store), &Grace::default())
+                .unwrap();
             let live = plan.only.as_ref().expect("one part").live.clone();
             let took = (began.elapsed().as_secs_f64(), counting.bytes.load(Relaxed), counting.calls.load(Relaxed));
             let peak = memory("VmHWM").saturating_sub(base);

@@ -21,6 +21,7 @@ const RESERVE_PART: u64 = 8;
 #[derive(Debug, Clone)]
 pub struct Memory {
     shared: Arc<Mutex<Medium>>,
+    has_blind_pins: bool,
 }
 
 #[derive(Debug, Default)]
@@ -50,7 +51,8 @@ struct Object {
 impl Memory {
     /// Room for any number of bytes.
     pub fn new() -> Self {
-        Self { shared: Arc::new(Mutex::new(Medium { reserve_bytes: RESERVE_BYTES, ..Medium::default() })) }
+        let medium = Medium { reserve_bytes: RESERVE_BYTES, ..Medium::default() };
+        Self { shared: Arc::new(Mutex::new(medium)), has_blind_pins: false }
     }
 
     /// Room for `bytes` of objects, unfinished uploads and reserve together; `NoSpace` beyond. The reserve is
@@ -66,6 +68,12 @@ impl Memory {
     pub fn with_reserve_bytes(self, bytes: u64) -> Self {
         held(&self.shared).reserve_bytes = bytes;
         self
+    }
+
+    /// Another handle to the same objects, as on a host whose file locks no other host sees: nobody sees its pins.
+    #[must_use]
+    pub fn with_blind_pins(&self) -> Self {
+        Self { has_blind_pins: true, ..self.clone() }
     }
 
     /// Moves the medium's own clock on, which stands still otherwise.
@@ -223,7 +231,8 @@ impl Backend for Memory {
     fn pin(&self, key: &Key) -> Result<Box<dyn Guard>> {
         let medium = held(&self.shared);
         let object = medium.objects.get(key.as_str()).ok_or_else(|| not_found(key.to_string()))?;
-        Ok(Box::new(Pin { _count: Arc::clone(&object.pins) }))
+        let count = if self.has_blind_pins { Arc::default() } else { Arc::clone(&object.pins) };
+        Ok(Box::new(Pin { _count: count }))
     }
 
     fn is_pinned(&self, key: &Key) -> Result<bool> {

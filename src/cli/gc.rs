@@ -1,10 +1,12 @@
 //! `snapfs gc`: frees the bytes of what was forgotten, VM by VM.
 
 use std::ffi::OsString;
+use std::time::Duration;
 
 use crate::cli::output::{self, Progress};
 use crate::cli::store_arg::{StoreArg, parse_size, vm_name};
 use crate::cli::{BUSY, DAMAGED, DONE, Outcome, exit_code};
+use crate::clock;
 use crate::collect::common::collect_common;
 use crate::collect::gc::{self, GcOptions, GcReport, collect_vm};
 use crate::error::{ErrorKind, Result, invalid};
@@ -163,13 +165,17 @@ fn kept(report: &GcReport) -> String {
     if report.slots_condemned > 0 {
         return format!("; {} blocks are used by nobody and go with the next gc", report.slots_condemned);
     }
-    let roots = |count: u64| format!("{count} forgotten snapshot{}", if count == 1 { "" } else { "s" });
-    match (report.roots_held, report.roots_pinned) {
-        (0, 0) => String::new(),
-        (held, 0) => format!("; held: {}", roots(held)),
-        (0, pinned) => format!("; still open: {}", roots(pinned)),
-        (held, pinned) => format!("; held: {}, still open: {}", roots(held), roots(pinned)),
-    }
+    let roots = |why: &str, count: u64| {
+        (count > 0).then(|| format!("{why}: {count} forgotten snapshot{}", if count == 1 { "" } else { "s" }))
+    };
+    let when = format!(
+        "within gc_grace, the first for {} more",
+        clock::in_words(Duration::from_secs(report.young_for_seconds))
+    );
+    let stay =
+        [roots("held", report.roots_held), roots("still open", report.roots_pinned), roots(&when, report.roots_young)];
+    let stay: Vec<String> = stay.into_iter().flatten().collect();
+    if stay.is_empty() { String::new() } else { format!("; {}", stay.join(", ")) }
 }
 
 fn as_text(report: &Report) -> String {

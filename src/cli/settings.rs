@@ -12,13 +12,15 @@ use crate::store::config::Settings as Values;
 pub const EXAMPLES: &str = "\
 Settings:
   min_age=TIME   a sealed snapshot is not forgotten before the store has had it for so long; 0 for no such limit
+  gc_grace=TIME  what was forgotten is not collected for so long: for readers on other hosts, where the file system
+                 keeps locks to each host; 0 where locks are seen by all
 
 Examples:
   snapfs settings /srv/snapfs
-  snapfs settings /srv/snapfs min_age=7d";
+  snapfs settings /srv/snapfs min_age=7d gc_grace=1h";
 
-/// A least age over a century is a mistake.
-const MIN_AGE_SECONDS_MAX: u64 = 100 * 366 * 86400;
+/// A time over a century is a mistake.
+const SECONDS_MAX: u64 = 100 * 366 * 86400;
 
 /// Arguments of `settings`.
 #[derive(Debug, clap::Args)]
@@ -39,11 +41,13 @@ pub struct Settings {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Change {
     MinAge(u64),
+    GcGrace(u64),
 }
 
 #[derive(serde::Serialize)]
 struct Report {
     min_age_seconds: u64,
+    gc_grace_seconds: u64,
 }
 
 impl Settings {
@@ -62,10 +66,13 @@ impl Settings {
             })?
         };
         if self.json {
-            output::json(&Report { min_age_seconds: values.min_age_seconds })?;
+            let Values { min_age_seconds, gc_grace_seconds } = values;
+            output::json(&Report { min_age_seconds, gc_grace_seconds })?;
         } else {
-            let min_age = in_words(Duration::from_secs(values.min_age_seconds));
-            output::line(format!("min_age={}", min_age.replace(' ', "")))?;
+            for (name, seconds) in [("min_age", values.min_age_seconds), ("gc_grace", values.gc_grace_seconds)] {
+                let words = in_words(Duration::from_secs(seconds));
+                output::line(format!("{name}={}", words.replace(' ', "")))?;
+            }
         }
         Ok(DONE)
     }
@@ -75,6 +82,7 @@ impl Change {
     fn apply(self, values: &mut Values) {
         match self {
             Self::MinAge(seconds) => values.min_age_seconds = seconds,
+            Self::GcGrace(seconds) => values.gc_grace_seconds = seconds,
         }
     }
 }
@@ -82,6 +90,7 @@ impl Change {
 fn parse_change(text: &str) -> Result<Change> {
     match text.split_once('=') {
         Some(("min_age", value)) => Ok(Change::MinAge(parse_length(value)?)),
+        Some(("gc_grace", value)) => Ok(Change::GcGrace(parse_length(value)?)),
         Some((name, _)) => Err(invalid(format!("there is no setting {name:?}"))),
         None => Err(invalid("not of the form NAME=VALUE")),
     }
@@ -113,7 +122,7 @@ fn parse_length(text: &str) -> Result<u64> {
     }
     match seconds {
         _ if text.is_empty() => Err(wrong()),
-        0..=MIN_AGE_SECONDS_MAX => Ok(seconds),
+        0..=SECONDS_MAX => Ok(seconds),
         _ => Err(invalid("more than a century")),
     }
 }
@@ -138,6 +147,7 @@ mod tests {
     #[test]
     fn a_setting_that_is_unknown_is_named() {
         assert_eq!(parse_change("min_age=7d").unwrap(), Change::MinAge(604_800));
+        assert_eq!(parse_change("gc_grace=1h").unwrap(), Change::GcGrace(3600));
         for text in ["min_age", "min-age=7d", "=7d", "colour=blue"] {
             assert!(parse_change(text).is_err(), "{text}");
         }

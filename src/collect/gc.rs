@@ -18,6 +18,7 @@ use crate::catalog::roots::{parse_root_name, root_key};
 use crate::catalog::state::VmState;
 use crate::catalog::vm::{Vm, home_folder, pack_key, title};
 use crate::collect::compact::{Failure, Source, rewrite};
+use crate::collect::grace::Grace;
 use crate::collect::pace::Pace;
 use crate::collect::plan::{Plan, Sharing, Survey, Surveyed, bins, live_of};
 use crate::error::{Error, ErrorKind, Result, busy};
@@ -85,6 +86,10 @@ pub struct GcReport {
     pub roots_pinned: u64,
     /// Root pages of forgotten snapshots that stay because a hold names them (I6).
     pub roots_held: u64,
+    /// Root pages of forgotten snapshots and of earlier states of drafts that stay for the store's `gc_grace` (I6).
+    pub roots_young: u64,
+    /// Seconds until the first of these may go.
+    pub young_for_seconds: u64,
     /// Objects that the log did not know, deleted by an exact collection.
     pub leaked_objects: u64,
     /// Their bytes.
@@ -151,7 +156,8 @@ fn collect(
     let vm = store.vm_handle(name);
     let mut report = GcReport { vm: name.as_str().to_owned(), ..GcReport::default() };
     progress(Progress::Planning);
-    let (state, plan) = plan_without_lock(store, &vm, options)?;
+    let grace = Grace::of(store)?;
+    let (state, plan) = plan_without_lock(store, &vm, options, &grace)?;
     let left = Left::find(&vm, &state, options.exact)?;
     report.tell(&vm, &plan);
     let has_work = plan.has_work() || !left.undeleted.is_empty() || !left.leaked.is_empty();
@@ -167,7 +173,7 @@ fn collect(
         match Session::begin_without_index(store, &vm) {
             Ok(session) => {
                 let pace = if bounds.is_some() { Pace::bounded() } else { Pace::beside(store, name.as_str())? };
-                Collector::new(&session, options, bounds, pace, report.clone(), progress).run(&mut report)?;
+                Collector::new(&session, options, bounds, pace, report.clone(), progress).run(&grace, &mut report)?;
             }
             Err(e) if e.kind() == ErrorKind::Busy => {
                 log::info!("{e}");
@@ -186,13 +192,13 @@ fn collect(
 }
 
 /// Plans on the newest state. What cannot be read because others changed the VM meanwhile is looked at again.
-fn plan_without_lock(store: &Store, vm: &Arc<Vm>, options: GcOptions) -> Result<(Arc<VmState>, Plan)> {
+fn plan_without_lock(store: &Store, vm: &Arc<Vm>, options: GcOptions, grace: &Grace) -> Result<(Arc<VmState>, Plan)> {
     let mut tries = 0;
     loop {
         let state = vm.refresh()?;
         must_be_whole(vm)?;
         tries += 1;
-        match Plan::make(vm, &store.packs(vm), &state, options.exact, &PopularView::now(store)) {
+        match Plan::make(vm, &store.packs(vm), &state, options.exact, &PopularView::now(store), grace) {
             Err(e) if e.kind() == ErrorKind::Corrupt && tries < PLAN_TRIES => {
                 if vm.refresh()?.number == state.number {
                     return Err(e);
@@ -216,6 +222,9 @@ impl GcReport {
     fn tell(&mut self, vm: &Vm, plan: &Plan) {
         self.roots_pinned = plan.roots.pinned;
         self.roots_held = plan.roots.held.len() as u64;
+        self.roots_young = plan.roots.young.count;
+        let left = plan.roots.young.first_in;
+        self.young_for_seconds = left.as_secs() + u64::from(left.subsec_nanos() > 0);
         self.bitmaps_wrong = plan.exactness.bitmaps_wrong;
         self.recipes_damaged = plan.exactness.recipes_damaged;
         self.bytes_reclaimable_left = plan.left_bytes + plan.dead_bytes + plan.rewritten_bytes;
@@ -362,10 +371,10 @@ impl<'a> Collector<'a> {
         }
     }
 
-    fn run(mut self, report: &mut GcReport) -> Result<()> {
+    fn run(mut self, grace: &Grace, report: &mut GcReport) -> Result<()> {
         self.there = objects_there(&self.vm)?;
         let before: u64 = self.there.values().sum();
-        let outcome = self.collect();
+        let outcome = self.collect(grace);
         let after: u64 = objects_there(&self.vm)?.values().sum();
         self.report.bytes_reclaimed = before.saturating_sub(after);
         *report = self.report;
@@ -399,12 +408,13 @@ impl<'a> Collector<'a> {
         }
     }
 
-    fn collect(&mut self) -> Result<()> {
+    fn collect(&mut self, grace: &Grace) -> Result<()> {
         // What an earlier run could not delete any more goes first: it makes room.
         self.delete_dropped()?;
         let state = self.vm.state();
         must_be_whole(&self.vm)?;
-        let mut plan = Plan::make(&self.vm, self.session.packs(), &state, self.options.exact, self.session.popular())?;
+        let (packs, popular) = (self.session.packs(), self.session.popular());
+        let mut plan = Plan::make(&self.vm, packs, &state, self.options.exact, popular, grace)?;
         self.report.tell(&self.vm, &plan);
         self.live_roots.clone_from(&plan.roots.live);
         // Dead packs go before compaction begins, which needs room.

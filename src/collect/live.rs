@@ -8,6 +8,7 @@ use crate::catalog::hold::holds_prefix;
 use crate::catalog::roots::{read_root, root_key};
 use crate::catalog::state::VmState;
 use crate::catalog::vm::{Vm, title};
+use crate::collect::grace::{Grace, Young};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::tree::{read_group, read_recipe};
 use crate::pack::reader::Packs;
@@ -17,7 +18,7 @@ use crate::units::{Incarnation, PackNumber, RootId, SlotId};
 /// Root pages of a VM, sorted by whether anybody needs them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Roots {
-    /// Of snapshots and drafts, and condemned ones that a reader has open or a hold names (I6).
+    /// Of snapshots and drafts, and condemned ones that a reader has open or may have, or a hold names (I6).
     pub live: BTreeSet<RootId>,
     /// Condemned, and needed by nobody.
     pub dead: Vec<RootId>,
@@ -25,6 +26,8 @@ pub struct Roots {
     pub pinned: u64,
     /// Condemned ones that are live because a hold names them.
     pub held: BTreeSet<RootId>,
+    /// Condemned ones that are live only because it was not long ago.
+    pub young: Young,
 }
 
 impl Roots {
@@ -35,11 +38,11 @@ impl Roots {
     ///
     /// # Errors
     /// `Unavailable`, `Denied`.
-    pub fn of(vm: &Vm, state: &VmState) -> Result<Self> {
+    pub fn of(vm: &Vm, state: &VmState, grace: &Grace) -> Result<Self> {
         let mut roots = Self { live: state.files.values().map(|f| f.root).collect(), ..Self::default() };
         // Named by their keys alone: a hold whose object is damaged keeps what it kept.
         let held = vm.held_roots()?;
-        for id in state.condemned.keys().copied() {
+        for (id, forgotten) in state.condemned.iter().map(|(id, time)| (*id, *time)) {
             if roots.live.contains(&id) {
                 continue;
             }
@@ -49,6 +52,9 @@ impl Roots {
             } else if vm.backend().is_pinned(&root_key(vm.name(), id))? {
                 roots.live.insert(id);
                 roots.pinned += 1;
+            } else if let Some(left) = grace.left(vm, state, forgotten) {
+                roots.live.insert(id);
+                roots.young.add(left);
             } else {
                 roots.dead.push(id);
             }

@@ -13,6 +13,8 @@ pub mod keep;
 
 pub mod young;
 
+pub mod grace;
+
 pub mod protect;
 
 pub mod gc;

@@ -7,6 +7,7 @@ use roaring::{RoaringBitmap, RoaringTreemap};
 use crate::catalog::record::PackEntry;
 use crate::catalog::state::VmState;
 use crate::catalog::vm::Vm;
+use crate::collect::grace::Grace;
 use crate::collect::live::{Exactness, Roots, Walk, slot_range};
 use crate::dedup::ladder::{self, Origin, plan};
 use crate::error::Result;
@@ -259,8 +260,15 @@ impl Plan {
     ///
     /// # Errors
     /// As [`Walk::live_slots`].
-    pub fn make(vm: &Vm, packs: &Packs, state: &VmState, exact: bool, popular: &PopularView) -> Result<Self> {
-        let mut plan = Self { roots: Roots::of(vm, state)?, ..Self::default() };
+    pub fn make(
+        vm: &Vm,
+        packs: &Packs,
+        state: &VmState,
+        exact: bool,
+        popular: &PopularView,
+        grace: &Grace,
+    ) -> Result<Self> {
+        let mut plan = Self { roots: Roots::of(vm, state, grace)?, ..Self::default() };
         let parts = split(state);
         let count = parts.len();
         for part in parts {

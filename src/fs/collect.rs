@@ -106,6 +106,8 @@ impl MountedStore {
                     self.collect_after(name, TRY_AGAIN_AFTER);
                 } else if report.partial {
                     self.collect_after(name, Duration::ZERO);
+                } else if report.roots_young > 0 {
+                    self.collect_after(name, Duration::from_secs(report.young_for_seconds).max(TRY_AGAIN_AFTER));
                 }
             }
             Some(Err(e)) if e.kind() == ErrorKind::Busy => self.collect_after(name, TRY_AGAIN_AFTER),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::backend::Guard;
-use crate::error::{Result, corrupt, invalid};
+use crate::error::{Error, ErrorKind, Result, corrupt, invalid};
 use crate::fingerprint::digest;
 use crate::image::tree::Tree;
 use crate::limits::{BLOCK_BYTES, GROUP_SEGMENTS, SEGMENT_BYTES};
@@ -15,12 +15,17 @@ use crate::units::{Grid, SegmentIndex};
 /// How far sequential reading is announced to the backend, in segments.
 const READ_AHEAD_SEGMENTS: u32 = 2;
 
+/// Whether the store does not know an image any more that was open: where nobody sees our pin, because the medium keeps
+/// locks to each host, it may have been forgotten and collected. Asked only when something could not be read.
+pub type IsGone = Box<dyn Fn() -> bool + Send + Sync>;
+
 /// An open snapshot.
 pub struct Image {
     name: String,
     tree: Tree,
+    is_gone: IsGone,
     // Keeps collection away from what we read (I6).
-    _pin: Option<Box<dyn Guard>>,
+    _pin: Box<dyn Guard>,
     // Segment up to which reading ahead was announced, and where the last read ended: hints for R4 only.
     announced: AtomicU64,
     last_end: AtomicU64,
@@ -28,9 +33,9 @@ pub struct Image {
 
 impl Image {
     /// Opens the image under `root`; `name` is for messages, `pin` is held as long as the image is open.
-    pub fn new(name: String, root: Arc<RootPage>, packs: Arc<Packs>, pin: Option<Box<dyn Guard>>) -> Self {
+    pub fn new(name: String, root: Arc<RootPage>, packs: Arc<Packs>, pin: Box<dyn Guard>, is_gone: IsGone) -> Self {
         let tree = Tree::new(root, packs);
-        Self { name, tree, _pin: pin, announced: AtomicU64::new(0), last_end: AtomicU64::new(0) }
+        Self { name, tree, is_gone, _pin: pin, announced: AtomicU64::new(0), last_end: AtomicU64::new(0) }
     }
 
     /// Its name.
@@ -53,13 +58,22 @@ impl Image {
         self.tree.root().grid()
     }
 
+    /// What it means that something of the image could not be read.
+    fn explain(&self, error: Error) -> Error {
+        if !matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::NotFound) || !(self.is_gone)() {
+            return error;
+        }
+        Error::new(ErrorKind::Stale, format!("{}: was forgotten and collected", self.name)).because(error)
+    }
+
     /// Reads the image at `offset` into `out`.
     ///
     /// `out` may have any length and alignment; it is filled completely on `Ok`, unspecified on `Err`.
     /// Cost: for 4 KiB at most two backend reads when group page and pack index are cached, at most four if not.
     ///
     /// # Errors
-    /// `Invalid` past the end, `Corrupt` (naming snapshot, offset and object), `Unavailable`.
+    /// `Invalid` past the end, `Corrupt` (naming snapshot, offset and object), `Stale` when it was collected although it
+    /// is open, `Unavailable`.
     pub fn read_at(&self, offset: u64, out: &mut [u8]) -> Result<()> {
         let end = offset.checked_add(out.len() as u64).filter(|end| *end <= self.bytes());
         let Some(end) = end else {
@@ -76,7 +90,7 @@ impl Image {
             let recipe = self.tree.recipe(segment);
             recipe
                 .and_then(|recipe| read_segment(self.tree.packs(), recipe.as_deref(), within, piece))
-                .map_err(|e| e.within(format!("{}: offset {}", self.name, grid.image_offset(at))))?;
+                .map_err(|e| self.explain(e).within(format!("{}: offset {}", self.name, grid.image_offset(at))))?;
             rest = tail;
             at += count as u64;
         }
@@ -110,10 +124,10 @@ impl Image {
     /// segment has any data.
     ///
     /// # Errors
-    /// `Corrupt`, `Unavailable`.
+    /// `Corrupt`, `Stale`, `Unavailable`.
     pub fn read_segment_verified(&self, segment: SegmentIndex, out: &mut [u8]) -> Result<bool> {
-        let wrong = |e: crate::error::Error| {
-            e.within(format!("{}: offset {}", self.name, self.grid().image_offset(segment.grid_offset())))
+        let wrong = |e: Error| {
+            self.explain(e).within(format!("{}: offset {}", self.name, self.grid().image_offset(segment.grid_offset())))
         };
         let Some(recipe) = self.tree.recipe(segment).map_err(wrong)? else { return Ok(false) };
         read_segment(self.tree.packs(), Some(&recipe), 0, out).map_err(wrong)?;
@@ -127,7 +141,7 @@ impl Image {
     /// The next data at or after `offset` as SEEK_DATA has it: its offset, or `None` when only a hole is left.
     ///
     /// # Errors
-    /// `Corrupt`, `Unavailable`.
+    /// `Corrupt`, `Stale`, `Unavailable`.
     pub fn seek_data(&self, offset: u64) -> Result<Option<u64>> {
         seek(
             self.grid(),
@@ -137,14 +151,16 @@ impl Image {
             |group| Ok(self.tree.root().group(group).is_some()),
             |s| self.tree.recipe(s),
         )
+        .map_err(|e| self.explain(e))
     }
 
     /// The next hole at or after `offset` as SEEK_HOLE has it: the end of the image is one.
     ///
     /// # Errors
-    /// `Corrupt`, `Unavailable`.
+    /// `Corrupt`, `Stale`, `Unavailable`.
     pub fn seek_hole(&self, offset: u64) -> Result<u64> {
-        let found = seek(self.grid(), self.bytes(), offset, false, |_| Ok(true), |s| self.tree.recipe(s))?;
+        let found = seek(self.grid(), self.bytes(), offset, false, |_| Ok(true), |s| self.tree.recipe(s))
+            .map_err(|e| self.explain(e))?;
         Ok(found.unwrap_or(self.bytes()))
     }
 }

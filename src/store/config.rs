@@ -11,7 +11,7 @@ use crate::fingerprint::short;
 use crate::format::{ObjectKind, VERSION, envelop, open_envelope};
 use crate::limits::{BLOCK_BYTES, SEGMENT_BYTES, TARGETS_MAX};
 use crate::random::fill_random;
-use crate::wire::{decode, encode, wire_struct};
+use crate::wire::{Reader, Wire, decode, encode, wire_struct};
 
 /// Name of the file that makes a folder a store.
 pub const FILE_NAME: &str = "snapfs.toml";
@@ -45,13 +45,13 @@ pub struct StoreConfig {
     pub checksum: String,
 }
 
-wire_struct! {
-    /// What can be set in a store, for all who use it.
-    #[derive(Copy, Default)]
-    pub struct Settings {
-        /// A sealed snapshot is not forgotten before the store has had it for so many seconds.
-        pub min_age_seconds: u64,
-    }
+/// What can be set in a store, for all who use it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// A sealed snapshot is not forgotten before the store has had it for so many seconds.
+    pub min_age_seconds: u64,
+    /// What was forgotten is not collected before so many seconds have passed.
+    pub gc_grace_seconds: u64,
 }
 
 wire_struct! {
@@ -81,21 +81,46 @@ wire_struct! {
     }
 }
 
-wire_struct! {
-    /// A numbered record of the configuration. The highest number wins.
-    pub struct ConfigRecord {
-        /// The store's identity.
-        pub store: String,
-        /// When it was written.
-        pub time: Timestamp,
-        /// What was set last.
-        pub settings: Settings,
-        /// The targets; none when the store's own folder holds all.
-        pub targets: Vec<TargetRow>,
-        /// How many of them hold an object.
-        pub replicas: Replicas,
-        /// Whether objects may lie where an earlier record had them.
-        pub moving: bool,
+/// A numbered record of the configuration. The highest number wins.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigRecord {
+    /// The store's identity.
+    pub store: String,
+    /// When it was written.
+    pub time: Timestamp,
+    /// What was set last.
+    pub settings: Settings,
+    /// The targets; none when the store's own folder holds all.
+    pub targets: Vec<TargetRow>,
+    /// How many of them hold an object.
+    pub replicas: Replicas,
+    /// Whether objects may lie where an earlier record had them.
+    pub moving: bool,
+}
+
+impl Wire for ConfigRecord {
+    fn put(&self, out: &mut Vec<u8>) {
+        self.store.put(out);
+        self.time.put(out);
+        self.settings.min_age_seconds.put(out);
+        self.targets.put(out);
+        self.replicas.put(out);
+        self.moving.put(out);
+        // Came later than the fields above: a record that has none reads the same for a program that knows none.
+        if self.settings.gc_grace_seconds != 0 {
+            self.settings.gc_grace_seconds.put(out);
+        }
+    }
+
+    fn take(reader: &mut Reader<'_>) -> Result<Self> {
+        let (store, time, min_age_seconds) = (Wire::take(reader)?, Wire::take(reader)?, Wire::take(reader)?);
+        let (targets, replicas, moving) = (Wire::take(reader)?, Wire::take(reader)?, Wire::take(reader)?);
+        let gc_grace_seconds = match reader.remaining() {
+            0 => 0,
+            _ => u64::take(reader).and_then(|s| if s == 0 { Err(corrupt("a gc_grace of 0")) } else { Ok(s) })?,
+        };
+        let settings = Settings { min_age_seconds, gc_grace_seconds };
+        Ok(Self { store, time, settings, targets, replicas, moving })
     }
 }
 

@@ -26,7 +26,7 @@ use crate::catalog::state::{FileEntry, VmState};
 use crate::catalog::vm::{COMMON_HOME, Vm, home_folder};
 use crate::clock::Clock;
 use crate::error::{Error, ErrorKind, Result, corrupt, invalid, not_found};
-use crate::image::reader::Image;
+use crate::image::reader::{Image, IsGone};
 use crate::limits::{MEMORY_BYTES_DEFAULT, MEMORY_BYTES_MIN};
 use crate::name::{Reference, SnapshotName, VmName};
 use crate::pack::reader::{Caches, Packs};
@@ -34,6 +34,7 @@ use crate::popular::current::CurrentIndex;
 use crate::store::common::Homes;
 use crate::store::config::{Settings, StoreConfig};
 use crate::store::targets::NewTargets;
+use crate::units::RootId;
 
 /// How the memory cap is shared out. What is left is for the program, its stacks and the allocator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -399,7 +400,7 @@ impl Store {
             return Err(about(Error::new(ErrorKind::Stale, "was forgotten or replaced meanwhile")));
         }
         let root = read_root(&*self.backend, vm.name(), now.incarnation, file.root).map_err(missing).map_err(about)?;
-        Ok(Image::new(name.clone(), Arc::new(root), self.packs(vm), Some(pin)))
+        Ok(Image::new(name.clone(), Arc::new(root), self.packs(vm), pin, is_gone(vm, file.root)))
     }
 
     /// Opens a snapshot that a hold keeps, forgotten or not; `name` is for messages. Works for a VM that was deleted.
@@ -428,7 +429,7 @@ impl Store {
         }
         let incarnation = vm.state().incarnation;
         let root = read_root(&*self.backend, vm.name(), incarnation, id).map_err(missing).map_err(about)?;
-        Ok(Image::new(name.to_owned(), Arc::new(root), self.packs(vm), Some(pin)))
+        Ok(Image::new(name.to_owned(), Arc::new(root), self.packs(vm), pin, is_gone(vm, id)))
     }
 
     /// Opens what a reference means.
@@ -452,6 +453,15 @@ impl Store {
         }
         Err(Error::new(ErrorKind::Unavailable, format!("{reference}: changes all the time")))
     }
+}
+
+/// Whether the log of a VM does not know a root page any more.
+fn is_gone(vm: &Arc<Vm>, root: RootId) -> IsGone {
+    let vm = vm.clone();
+    Box::new(move || {
+        let is_known = |now: &VmState| now.files.values().any(|f| f.root == root) || now.condemned.contains_key(&root);
+        vm.refresh().is_ok_and(|now| !is_known(&now)) && vm.damage().is_none()
+    })
 }
 
 /// The name of a file of a VM.

@@ -208,12 +208,23 @@ fn snapshots_are_forgotten_by_rules_and_stay_when_protected_or_young() {
     assert_eq!(told["kept"][1]["rules"], serde_json::json!(["last", "daily"]));
     assert_eq!(listed("web01"), ["web01/a.img", "web01/c.img"]);
     assert_eq!(listed("db02").len(), 2);
-    assert_eq!(place.snapfs("settings store").ok().text(), "min_age=0s\n");
-    assert_eq!(place.snapfs("settings store min_age=1d12h").ok().text(), "min_age=1d12h\n");
+    assert_eq!(place.snapfs("settings store").ok().text(), "min_age=0s\ngc_grace=0s\n");
+    assert_eq!(place.snapfs("settings store min_age=1d12h").ok().text(), "min_age=1d12h\ngc_grace=0s\n");
     place.snapfs("forget store db02/a.img").fails(1, "min_age is 1d 12h");
     let told = place.snapfs("forget store --keep-last 1").ok().text();
     assert!(told.contains("min_age") && told.contains("4 kept, 0 forgotten"), "{told}");
-    assert_eq!(place.snapfs("settings store min_age=0").ok().text(), "min_age=0s\n");
+    assert_eq!(place.snapfs("settings store min_age=0").ok().text(), "min_age=0s\ngc_grace=0s\n");
+    place.snapfs("settings store gc_grace=1h").ok();
+    place.snapfs("forget store db02/a.img").ok();
+    let told = place.snapfs("gc store db02").ok().text();
+    assert!(
+        told.contains("nothing to collect; within gc_grace, the first for ") && told.contains("1 forgotten"),
+        "{told}"
+    );
+    assert_eq!(place.snapfs("gc store db02 --json").ok().json()["vms"][0]["roots_young"], 1);
+    assert_eq!(place.snapfs("settings store gc_grace=0 --json").ok().json()["gc_grace_seconds"], 0);
+    let told = place.snapfs("gc store db02 --json").ok().json();
+    assert_eq!(told["vms"][0]["roots_dropped"], 1, "{told}");
     assert_eq!(place.snapfs("unprotect store web01/a.img").ok().text(), "web01/a.img is not protected\n");
     place.snapfs("forget store --keep-last 1").ok();
     assert_eq!(listed(""), ["db02/b.img", "web01/c.img"]);

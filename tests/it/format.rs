@@ -328,7 +328,7 @@ fn the_construction_of_checksums_is_as_written() {
 fn the_configuration_is_as_written() {
     assert_eq!(store_config().to_text().unwrap(), snapfs_toml());
     assert_eq!(StoreConfig::parse(snapfs_toml().as_bytes()).unwrap(), store_config());
-    let settings = Settings { min_age_seconds: 7 * 86400 };
+    let settings = Settings { min_age_seconds: 7 * 86400, gc_grace_seconds: 0 };
     let record = ConfigRecord {
         store: STORE.into(),
         time: BEGAN,
@@ -342,7 +342,8 @@ fn the_configuration_is_as_written() {
     assert_eq!(decode::<ConfigRecord>(open_envelope(ObjectKind::Config, &object).unwrap()).unwrap(), record);
     let row = TargetRow { id: [0x11; 16], path: "/mnt/a".into(), medium: 0x0102_0304, leaving: true };
     let replicas = Replicas { vm: 2, common: 3, quorum: 0 };
-    let record = ConfigRecord { targets: vec![row], replicas, moving: true, ..record };
+    let settings = Settings { gc_grace_seconds: 3600, ..settings };
+    let record = ConfigRecord { settings, targets: vec![row], replicas, moving: true, ..record };
     same("config-targets", &envelop(ObjectKind::Config, &encode(&record)));
     let file = TargetFile::new(STORE, TargetId([0x11; 16]));
     let text = file.to_text().unwrap();

@@ -340,7 +340,8 @@ impl<'a> Rounds<'a> {
         }
         let name = &packs[self.rng.below(packs.len() as u64) as usize];
         let bytes = std::fs::read(folders[0].join(name)).unwrap();
-        let index = pack_index(&bytes);
+        // One that cannot be read is no log's: damaged when it was one's, or a killed writer's, and not worth a repair.
+        let Some(index) = pack_index(&bytes) else { return };
         let frames: Vec<u64> = index.members.iter().flat_map(|member| member.offsets.iter().copied()).collect();
         if index.identity.content != Content::Data || frames.is_empty() {
             return;
@@ -573,9 +574,10 @@ fn objects_in(folder: &Path) -> Vec<PathBuf> {
     found
 }
 
-fn pack_index(bytes: &[u8]) -> PackIndex {
-    let tail = PackIndex::tail_bytes_from_trailer(&bytes[bytes.len() - TRAILER_BYTES..]).unwrap() as usize;
-    PackIndex::decode_tail(&bytes[bytes.len() - tail..], bytes.len() as u64).unwrap()
+fn pack_index(bytes: &[u8]) -> Option<PackIndex> {
+    let trailer = bytes.last_chunk::<TRAILER_BYTES>()?;
+    let tail = PackIndex::tail_bytes_from_trailer(trailer).ok()? as usize;
+    PackIndex::decode_tail(&bytes[bytes.len().checked_sub(tail)?..], bytes.len() as u64).ok()
 }
 
 fn number(variable: &str, default: u64) -> u64 {

@@ -25,6 +25,7 @@ mod files;
 mod forget;
 mod format;
 mod fuzz;
+mod grace;
 mod heal;
 mod hold;
 mod invariants;

@@ -3,16 +3,16 @@
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use rustix::process::Signal;
 use snapfs::batch::run::{BatchOptions, BatchProgress, BatchReport, batch};
 use snapfs::catalog::state::VmState;
 use snapfs::clock::SystemClock;
 use snapfs::cluster::detect::Progress;
-use snapfs::cluster::hosts::Hosts;
 use snapfs::cluster::mesh::Patience;
 use snapfs::error::{Error, ErrorKind, Result};
 use snapfs::limits::MEMORY_BYTES_MIN;
@@ -21,7 +21,7 @@ use snapfs::pack::Content;
 use snapfs::store::common::common_state;
 use snapfs::store::{MemoryShares, Store};
 
-use crate::cluster::addresses;
+use crate::peers::{self, Order, addresses, outcome};
 use crate::world::{get, noise};
 
 const BLOCK: usize = 4096;
@@ -240,8 +240,6 @@ fn bad_jobs_leave_nothing() {
 
 // ------------------------------------------------------------------------------------------------- several processes
 
-const ORDER: &str = "SNAPFS_TEST_BATCH";
-
 const STAGES: [&str; 6] = ["scan", "detect", "share", "link", "write", "end"];
 
 /// Which stage a report is of.
@@ -260,49 +258,28 @@ fn stage(progress: &BatchProgress) -> Option<&'static str> {
 /// What a process of a batch does; as a test of its own it has no order and does nothing.
 #[test]
 fn process_of_a_batch() {
-    let Ok(order) = std::env::var(ORDER) else { return };
-    let words: Vec<&str> = order.split('\n').collect();
-    let [folder, index, end, hosts @ ..] = words.as_slice() else { panic!("{order:?}") };
-    let folder = PathBuf::from(folder);
-    let end = (*end).to_owned();
-    let jobs = std::fs::read(folder.join("jobs")).unwrap();
-    let hosts = Hosts::parse(&hosts.join("\n"), index.parse().unwrap()).unwrap();
-    let seen = AtomicBool::new(false);
+    let Some(order) = Order::of_this_process() else { return };
+    let jobs = std::fs::read(order.folder.join("jobs")).unwrap();
+    let (end, seen) = (order.end.clone(), AtomicBool::new(false));
     let tell = move |progress: BatchProgress| {
         // The second image that is scanned; of the other stages a process may have a single report.
         if stage(&progress) == Some(&end) && (end != "scan" || seen.swap(true, Ordering::SeqCst)) {
-            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
+            peers::signal_myself(Signal::KILL);
         }
     };
-    let options = BatchOptions { hosts: Some(hosts), ..options(&folder) };
-    let outcome = batch(&open(&folder), &jobs, &options, Arc::new(tell));
-    let text = match outcome {
-        Ok(report) => format!("ok {report:?}"),
-        Err(e) => format!("{:?} {e}", e.kind()),
-    };
-    std::fs::write(folder.join(format!("outcome.{index}")), text).unwrap();
+    let options = BatchOptions { hosts: Some(order.hosts.clone()), ..options(&order.folder) };
+    order.tell(batch(&open(&order.folder), &jobs, &options, Arc::new(tell)));
 }
 
 fn start(place: &Place, index: usize, end: &str, hosts: &[String]) -> Child {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "batch::process_of_a_batch", "--nocapture"])
-        .env(ORDER, format!("{}\n{index}\n{end}\n{}", place.0.path().display(), hosts.join("\n")))
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap()
-}
-
-fn outcome(place: &Place, index: usize) -> String {
-    std::fs::read_to_string(place.path(&format!("outcome.{index}"))).unwrap_or_default()
+    peers::start("batch::process_of_a_batch", place.0.path(), index, end, hosts)
 }
 
 fn run_all(place: &Place, hosts: &[String]) {
     let children: Vec<_> = (0..hosts.len()).map(|index| start(place, index, "", hosts)).collect();
     for (index, child) in children.into_iter().enumerate() {
-        let output = child.wait_with_output().unwrap();
-        assert!(output.status.success(), "{index}: {}", String::from_utf8_lossy(&output.stderr));
-        let told = outcome(place, index);
+        peers::ended(child);
+        let told = outcome(place.0.path(), index);
         assert!(told.starts_with("ok "), "{told}");
     }
 }
@@ -330,7 +307,7 @@ fn a_killed_process_is_made_good_by_starting_again() {
             let survivor = &mut children[index];
             if matches!(end, "scan" | "detect" | "link") {
                 assert!(survivor.wait().unwrap().success(), "{end}: no orderly end");
-                let told = outcome(&place, index);
+                let told = outcome(place.0.path(), index);
                 let named = told.contains(&format!("host {killed} (")) && told.starts_with("Unavailable");
                 assert!(named, "{end}, {index}: {told}");
             } else {

@@ -5,13 +5,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::Child;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use proptest::prelude::*;
+use rustix::process::Signal;
 use snapfs::backend::Backend;
 use snapfs::backend::local::Local;
 use snapfs::backend::testing::Memory;
@@ -23,6 +24,8 @@ use snapfs::cluster::mesh::Patience;
 use snapfs::cluster::record::{Member, WANTED};
 use snapfs::error::{ErrorKind, Result};
 use snapfs::fingerprint::{Fingerprint, fingerprint};
+
+use crate::peers::{self, Order, addresses, ended, killed, signal_myself};
 
 const ROW: usize = 4 + 1 + 8 + 8;
 
@@ -112,10 +115,6 @@ struct Test {
     got: Collected<Vec<u8>>,
 }
 
-fn kill_myself(signal: rustix::process::Signal) {
-    rustix::process::kill_process(rustix::process::getpid(), signal).unwrap();
-}
-
 impl Task for Test {
     fn members(&self) -> u32 {
         self.rules.members
@@ -132,8 +131,8 @@ impl Task for Test {
             feed.give(print, place)?;
             if n == self.rules.records / 2 {
                 match self.end {
-                    End::Scan => kill_myself(rustix::process::Signal::KILL),
-                    End::Stop => kill_myself(rustix::process::Signal::STOP),
+                    End::Scan => signal_myself(Signal::KILL),
+                    End::Stop => signal_myself(Signal::STOP),
                     _ => {}
                 }
             }
@@ -145,7 +144,7 @@ impl Task for Test {
     }
     fn judge(&self, _: &Fingerprint, holders: &[Holder], rows: &mut Vec<u8>) {
         if self.end == End::Judge && self.judged.fetch_add(1, Ordering::SeqCst) == 300 {
-            kill_myself(rustix::process::Signal::KILL);
+            signal_myself(Signal::KILL);
         }
         rows.extend(judged(holders).concat());
     }
@@ -157,7 +156,7 @@ impl Task for Test {
     }
     fn verdict(&self, _: Member, row: &[u8]) -> Result<()> {
         if self.end == End::Verdict && self.judged.fetch_add(1, Ordering::SeqCst) == 100 {
-            kill_myself(rustix::process::Signal::KILL);
+            signal_myself(Signal::KILL);
         }
         self.got.add(row.to_vec());
         Ok(())
@@ -283,53 +282,25 @@ const RULES: Rules = Rules { members: 7, records: 30_000, prints: 20_000, groups
 
 const PARTITIONS: u32 = 12;
 
-/// What a process is told in its environment.
-const ORDER: &str = "SNAPFS_TEST_CLUSTER";
-
 /// What a process of a job does; as a test of its own it has no order and does nothing.
 #[test]
 fn process_of_a_job() {
-    let Ok(order) = std::env::var(ORDER) else { return };
-    let words: Vec<&str> = order.split('\n').collect();
-    let [folder, index, end, silence, hosts @ ..] = words.as_slice() else { panic!("{order:?}") };
-    let folder = PathBuf::from(folder);
-    let end = [End::Never, End::Scan, End::Judge, End::Verdict, End::Stop]
-        .into_iter()
-        .find(|known| format!("{known:?}") == *end)
-        .unwrap();
-    let index = index.parse().unwrap();
-    let backend: Arc<dyn Backend> = Arc::new(Local::open(&folder).unwrap());
-    let hosts = Hosts::parse(&hosts.join("\n"), index).unwrap();
-    let patience = Patience {
-        silence: Duration::from_secs(silence.parse().unwrap()),
-        ..setup(backend.clone(), &folder, 1, 0).patience
-    };
-    let setup = Setup { hosts: Some(hosts), patience, ..setup(backend.clone(), &folder, 2, 2 << 20) };
+    let Some(order) = Order::of_this_process() else { return };
+    let (end, silence) = order.end.split_once(' ').unwrap();
+    let ends = [End::Never, End::Scan, End::Judge, End::Verdict, End::Stop];
+    let end = ends.into_iter().find(|known| format!("{known:?}") == end).unwrap();
+    let backend: Arc<dyn Backend> = Arc::new(Local::open(&order.folder).unwrap());
+    let setup = setup(backend.clone(), &order.folder, 2, 2 << 20);
+    let patience = Patience { silence: Duration::from_secs(silence.parse().unwrap()), ..setup.patience };
+    let setup = Setup { hosts: Some(order.hosts.clone()), patience, ..setup };
     let task = test(RULES, end);
-    let outcome = run(&setup, &job(&*backend, &RULES, PARTITIONS), task.clone());
-    let rows = task.got.take().concat();
-    std::fs::write(
-        folder.join(format!("outcome.{index}")),
-        match outcome {
-            Ok(report) => format!("ok {report:?}"),
-            Err(e) => format!("{:?} {e}", e.kind()),
-        },
-    )
-    .unwrap();
-    std::fs::write(folder.join(format!("verdicts.{index}")), rows).unwrap();
+    order.tell(run(&setup, &job(&*backend, &RULES, PARTITIONS), task.clone()));
+    std::fs::write(order.folder.join(format!("verdicts.{}", order.index)), task.got.take().concat()).unwrap();
 }
 
 struct World {
     folder: tempfile::TempDir,
     hosts: Vec<String>,
-}
-
-/// Addresses that nobody else has: a loopback address for each process and call, so that no port is taken.
-pub fn addresses(count: usize) -> Vec<String> {
-    static CALLS: AtomicU32 = AtomicU32::new(1);
-    let (process, call) = (std::process::id(), CALLS.fetch_add(1, Ordering::SeqCst));
-    let ip = format!("127.{}.{}.{}", 1 + process / 256 % 250, process % 256, call);
-    (0..count).map(|index| format!("{ip}:{}", 7001 + index)).collect()
 }
 
 impl World {
@@ -338,19 +309,12 @@ impl World {
     }
 
     fn start(&self, index: usize, end: End, silence: u32) -> Child {
-        let folder = self.folder.path().display();
-        let order = format!("{folder}\n{index}\n{end:?}\n{silence}\n{}", self.hosts.join("\n"));
-        Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "cluster::process_of_a_job", "--nocapture"])
-            .env(ORDER, order)
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap()
+        let end = format!("{end:?} {silence}");
+        peers::start("cluster::process_of_a_job", self.folder.path(), index, &end, &self.hosts)
     }
 
     fn outcome(&self, index: usize) -> String {
-        std::fs::read_to_string(self.folder.path().join(format!("outcome.{index}"))).unwrap_or_default()
+        peers::outcome(self.folder.path(), index)
     }
 
     /// Runs the job to its end on all hosts, and compares what comes out.
@@ -358,9 +322,7 @@ impl World {
         let children: Vec<_> = (0..self.hosts.len()).map(|index| self.start(index, End::Never, 3600)).collect();
         let mut rows = Vec::new();
         for (index, child) in children.into_iter().enumerate() {
-            let output = child.wait_with_output().unwrap();
-            let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
-            assert!(output.status.success() && complaint.is_empty(), "{complaint}");
+            ended(child);
             assert!(self.outcome(index).starts_with("ok "), "{}", self.outcome(index));
             let bytes = std::fs::read(self.folder.path().join(format!("verdicts.{index}"))).unwrap();
             rows.extend(bytes.chunks(ROW).map(<[u8]>::to_vec));
@@ -383,14 +345,11 @@ fn a_killed_process_ends_the_job_with_its_name_and_the_job_goes_on() {
         let children: Vec<_> =
             (0..3).map(|index| world.start(index, if index == 1 { end } else { End::Never }, 3600)).collect();
         for (index, child) in children.into_iter().enumerate() {
-            let output = child.wait_with_output().unwrap();
             if index == 1 {
-                assert!(!output.status.success());
+                killed(child, &format!("{end:?}"));
                 continue;
             }
-            // An orderly end: no thread panics.
-            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-            assert_eq!(String::from_utf8_lossy(&output.stderr), "", "{end:?}");
+            ended(child);
             let told = world.outcome(index);
             let lost = format!("host 1 ({}) was lost", world.hosts[1]);
             assert!(told.starts_with("Unavailable ") && told.contains(&lost), "{end:?}: {told}");
@@ -413,10 +372,9 @@ fn a_killed_process_ends_the_job_with_its_name_and_the_job_goes_on() {
 fn a_stuck_process_is_named() {
     let world = World::new(2);
     let mut stuck = world.start(1, End::Stop, 3600);
-    let output = world.start(0, End::Never, 3).wait_with_output().unwrap();
+    ended(world.start(0, End::Never, 3));
     stuck.kill().unwrap();
     stuck.wait().unwrap();
-    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
     let told = world.outcome(0);
     assert!(told.contains(&format!("host 1 ({}) is stuck", world.hosts[1])), "{told}");
     world.finish();
@@ -441,10 +399,7 @@ fn strangers_at_the_port_do_not_disturb() {
         }
     }
     let second = world.start(1, End::Never, 3600);
-    for child in [first, second] {
-        let output = child.wait_with_output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    }
+    [first, second].into_iter().for_each(ended);
     assert!(world.outcome(0).starts_with("ok ") && world.outcome(1).starts_with("ok "));
 }
 

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use rustix::process::Signal;
 use snapfs::backend::Key;
 use snapfs::catalog::record::Op;
 use snapfs::check::{CheckOptions, check_store};
@@ -32,7 +33,7 @@ use snapfs::store::common::{common_state, group_of};
 use snapfs::store::{MemoryShares, Store};
 use snapfs::units::{Epoch, VmGroup};
 
-use crate::cluster::addresses;
+use crate::peers::{self, Order, addresses, killed, outcome};
 use crate::popular::elected;
 use crate::whole::SNAPFS;
 use crate::world::{Rng, World, get, noise, put};
@@ -362,9 +363,13 @@ fn two_processes_of_the_binary_publish_what_one_does() {
     assert!(String::from_utf8_lossy(&refused.stderr).contains("--hosts goes with elect only"));
 }
 
-const ORDER: &str = "SNAPFS_TEST_ELECTION";
-
 const STAGES: [&str; 4] = ["scan", "detect", "copy", "late copy"];
+
+/// Not killed, but stopped.
+const STUCK: &str = "stuck";
+
+/// With little patience for those who are silent.
+const HASTY: &str = "hasty";
 
 fn stage(progress: &Progress, seen: &AtomicUsize) -> &'static str {
     match progress {
@@ -386,43 +391,27 @@ fn options(hosts: Option<Hosts>) -> ElectOptions {
 /// What a process of an election does; as a test of its own it has no order and does nothing.
 #[test]
 fn process_of_an_election() {
-    let Ok(order) = std::env::var(ORDER) else { return };
-    let words: Vec<&str> = order.split('\n').collect();
-    let [folder, index, end, hosts @ ..] = words.as_slice() else { panic!("{order:?}") };
-    let (folder, end) = (PathBuf::from(folder), (*end).to_owned());
-    let hosts = Hosts::parse(&hosts.join("\n"), index.parse().unwrap()).unwrap();
-    let seen = AtomicUsize::new(0);
-    let tell = move |progress: Progress| {
-        if stage(&progress, &seen) == end {
-            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
-        }
+    let Some(order) = Order::of_this_process() else { return };
+    let (end, seen) = (order.end.clone(), AtomicUsize::new(0));
+    let tell = move |progress: Progress| match stage(&progress, &seen) {
+        "scan" if end == STUCK => peers::signal_myself(Signal::STOP),
+        stage if end == stage => peers::signal_myself(Signal::KILL),
+        _ => {}
     };
-    let text = match elect(&open(&folder), &options(Some(hosts)), Arc::new(tell)) {
-        Ok(report) => format!("ok {report:?}"),
-        Err(e) => format!("{:?} {e}", e.kind()),
-    };
-    std::fs::write(folder.join(format!("outcome.{index}")), text).unwrap();
+    let mut options = options(Some(order.hosts.clone()));
+    if order.end == HASTY {
+        options.count.patience.silence = Duration::from_secs(3);
+    }
+    order.tell(elect(&open(&order.folder), &options, Arc::new(tell)));
 }
 
 fn start(place: &Place, index: usize, end: &str, hosts: &[String]) -> Child {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "elect::process_of_an_election", "--nocapture"])
-        .env(ORDER, format!("{}\n{index}\n{end}\n{}", place.0.path().display(), hosts.join("\n")))
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap()
-}
-
-fn outcome(place: &Place, index: usize) -> String {
-    std::fs::read_to_string(place.path(&format!("outcome.{index}"))).unwrap_or_default()
+    peers::start("elect::process_of_an_election", place.0.path(), index, end, hosts)
 }
 
 fn run_both(place: &Place, hosts: &[String]) -> String {
-    for child in [1, 0].map(|index| start(place, index, "", hosts)) {
-        ended(child);
-    }
-    let (first, second) = (outcome(place, 0), outcome(place, 1));
+    [1, 0].map(|index| start(place, index, "", hosts)).into_iter().for_each(peers::ended);
+    let (first, second) = (outcome(place.0.path(), 0), outcome(place.0.path(), 1));
     assert!(first.starts_with("ok Chosen") && second.starts_with("ok Fed"), "{first}\n{second}");
     first
 }
@@ -434,14 +423,14 @@ fn a_killed_process_is_named_and_the_next_election_ends_as_if_nothing_had_been()
         let place = whole.copied();
         let hosts = addresses(2);
         // So few records make one partition, which the first host has; all of them read.
-        let killed = usize::from(end == "scan");
-        let mut children = [0, 1].map(|index| start(&place, index, if index == killed { end } else { "" }, &hosts));
-        assert!(!children[killed].wait().unwrap().success(), "{end}: it did not die");
-        let [first, second] = children;
-        ended(if killed == 0 { second } else { first });
-        let told = outcome(&place, 1 - killed);
+        let victim = usize::from(end == "scan");
+        let [ends, goes_on] =
+            [victim, 1 - victim].map(|index| start(&place, index, if index == victim { end } else { "" }, &hosts));
+        killed(ends, end);
+        peers::ended(goes_on);
+        let told = outcome(place.0.path(), 1 - victim);
         if matches!(end, "scan" | "detect") {
-            let named = told.contains(&format!("host {killed} (")) && told.starts_with("Unavailable");
+            let named = told.contains(&format!("host {victim} (")) && told.starts_with("Unavailable");
             assert!(named, "{end}: {told}");
         } else {
             assert!(told.starts_with("ok Fed"), "{end}: the other had nothing more to do: {told}");
@@ -459,6 +448,21 @@ fn a_killed_process_is_named_and_the_next_election_ends_as_if_nothing_had_been()
         place.assert_elected(end);
         assert_eq!(place.common_blocks(), 2816, "{end}");
     }
+}
+
+#[test]
+fn a_stuck_process_is_named_and_nothing_is_published() {
+    let place = Place::new();
+    let hosts = addresses(2);
+    let mut stuck = start(&place, 1, STUCK, &hosts);
+    peers::ended(start(&place, 0, HASTY, &hosts));
+    stuck.kill().unwrap();
+    stuck.wait().unwrap();
+    let told = outcome(place.0.path(), 0);
+    assert!(told.contains(&format!("host 1 ({}) is stuck", hosts[1])), "{told}");
+    assert_eq!(popular_now(&place.store()).unwrap().epoch, 0);
+    run_both(&place, &hosts);
+    place.assert_elected("with both awake");
 }
 
 #[test]

@@ -35,6 +35,7 @@ mod marks;
 mod model;
 mod mount;
 mod mount_helper;
+mod peers;
 mod popular;
 mod power;
 mod sighting;

@@ -471,7 +471,7 @@ fn measure(packs: &Packs, held: &Held, live: &RoaringTreemap) -> Result<(u64, u6
     let mut forwards = (0, 0);
     for entry in &held.packs {
         let place = packs.locate(entry.number)?;
-        let index = packs.index(&place)?;
+        let index = packs.index_once(&place)?;
         let slots = live_of(live, entry.number);
         for slot in index.member(entry.number)?.forwards.iter().flat_map(ForwardRow::slots) {
             forwards.0 += 1;

@@ -250,6 +250,18 @@ impl Packs {
         Ok(index)
     }
 
+    /// The same for one who looks at many objects and at each once: nothing is kept, so that memory does not grow with
+    /// them and what others read stays cached.
+    ///
+    /// # Errors
+    /// As [`Packs::index`].
+    pub fn index_once(&self, place: &ObjectPlace) -> Result<Arc<PackIndex>> {
+        match self.caches.indexes.get(&(place.incarnation, place.object)) {
+            Some(index) => Ok(index),
+            None => read_index(&*self.backend, place).map(Arc::new),
+        }
+    }
+
     /// The bytes of consecutive slots of a data pack, `out.len() / 4096` of them.
     ///
     /// Cost: one backend read per megabyte of stored frames that are not cached, and one for the index.

@@ -12,7 +12,7 @@ use crate::error::{ErrorKind, Result};
 use crate::name::VmName;
 use crate::pack::Content;
 use crate::pack::reader::{Caches, Packs, SlotPage, read_slot_page};
-use crate::popular::sighting::{FILE_NAME, SightingIndex, Sightings};
+use crate::popular::sighting::{FILE_NAME, Head, SightingIndex, Sightings, level_for};
 use crate::store::Store;
 use crate::store::common::{CommonAdder, Homes, common_state, group_of};
 use crate::units::{Incarnation, PackNumber, SlotId, VmGroup};
@@ -101,27 +101,44 @@ impl OtherVms {
         self.loaded.get_or_init(|| self.load())
     }
 
-    /// Cost: reads the file of every VM.
+    /// Cost: some hundred bytes of the file of every VM, and of their entries what there is memory for.
     fn load(&self) -> Loaded {
         let mut loaded = Loaded { index: SightingIndex::new(self.memory_bytes_max), donors: Vec::new() };
         let names = std::fs::read_dir(&self.folder).into_iter().flatten().flatten();
         let mut names: Vec<String> = names.filter_map(|entry| entry.file_name().into_string().ok()).collect();
         names.sort_unstable();
-        for name in names.iter().filter(|name| **name != self.own) {
-            let Ok(name) = VmName::new(name) else { continue };
-            match Sightings::read(&self.folder.join(name.as_str()).join(FILE_NAME)) {
-                Ok(sightings) if sightings.group == self.group => {
-                    loaded.index.add(loaded.donors.len() as u32, &sightings);
-                    let (incarnation, packs) = (sightings.incarnation, OnceLock::new());
-                    loaded.donors.push(Donor { name, incarnation, packs });
-                }
-                Ok(_) => {}
-                Err(e) if e.kind() == ErrorKind::NotFound => {}
-                Err(e) => log::info!("what {name:?} has is not noticed before it is written again: {e}"),
-            }
+        let names = names.iter().filter(|name| **name != self.own).filter_map(|name| VmName::new(name).ok());
+        let of_group = |name: VmName| {
+            let head = told(&name, Head::read(&self.path_of(&name)))?;
+            (head.group == self.group).then_some((name, head))
+        };
+        let (names, heads): (Vec<VmName>, Vec<Head>) = names.filter_map(of_group).unzip();
+        let level = level_for(&heads, loaded.index.entries_max());
+        for name in names {
+            // It may be another file by now.
+            let sightings = told(&name, Sightings::read_coarse(&self.path_of(&name), level));
+            let Some(sightings) = sightings.filter(|sightings| sightings.group == self.group) else { continue };
+            loaded.index.add(loaded.donors.len() as u32, &sightings);
+            loaded.donors.push(Donor { name, incarnation: sightings.incarnation, packs: OnceLock::new() });
         }
         loaded.index = loaded.index.finish();
         loaded
+    }
+
+    fn path_of(&self, vm: &VmName) -> PathBuf {
+        self.folder.join(vm.as_str()).join(FILE_NAME)
+    }
+}
+
+/// What could be read of the file of a VM.
+fn told<T>(name: &VmName, outcome: Result<T>) -> Option<T> {
+    match outcome {
+        Ok(read) => Some(read),
+        Err(e) if e.kind() == ErrorKind::NotFound => None,
+        Err(e) => {
+            log::info!("what {name:?} has is not noticed before it is written again: {e}");
+            None
+        }
     }
 }
 

@@ -52,7 +52,7 @@ impl Roots {
             } else if vm.backend().is_pinned(&root_key(vm.name(), id))? {
                 roots.live.insert(id);
                 roots.pinned += 1;
-            } else if let Some(left) = grace.left(vm, state, forgotten) {
+            } else if let Some(left) = grace.left(vm, state, id, forgotten) {
                 roots.live.insert(id);
                 roots.young.add(left);
             } else {

@@ -585,7 +585,7 @@ impl<'a> Collector<'a> {
             if let ([survey], [source]) = (bin.as_slice(), sources.as_slice())
                 && !survey.with_forwards(source.forwards.len() as u64).is_worth_rewriting()
             {
-                // The sample had promised more.
+                // The sample had promised more, or the common blocks are damaged.
                 return Ok(());
             }
             match rewrite(self.session, &sources) {
@@ -616,8 +616,8 @@ impl<'a> Collector<'a> {
         }
         let sharing = self.sharing(&self.vm.state());
         for (number, slots) in live {
-            match sharing.forwards(self.session.packs(), *number, slots, 1) {
-                Ok((found, _)) => forwards.extend(found),
+            match sharing.proven_forwards(self.session.packs(), *number, slots) {
+                Ok(found) => forwards.extend(found),
                 // Whoever copies its blocks will say what is wrong.
                 Err(e) if e.kind() == ErrorKind::Corrupt => log::debug!("pack {number}: nothing is forwarded: {e}"),
                 Err(e) => return Err(e),

@@ -205,6 +205,8 @@ fn plan_without_lock(store: &Store, vm: &Arc<Vm>, options: GcOptions, grace: &Gr
                 }
             }
             Err(e) => return Err(e),
+            // An object that is not there may only have moved.
+            Ok(plan) if !plan.damaged.is_empty() && tries < PLAN_TRIES && vm.refresh()?.number != state.number => {}
             Ok(plan) => return Ok((state, plan)),
         }
     }

@@ -45,6 +45,10 @@ pub const SLOT_PAGE_FINGERPRINTS: usize = 128;
 /// Members (pack numbers) that one merged pack object may hold.
 pub const PACK_MEMBERS_MAX: usize = 1024;
 
+/// Index and trailer of a pack object have at most 64 MiB: four times those of the largest that compaction writes, 2^18
+/// slots each in a frame of its own.
+pub const PACK_TAIL_BYTES_MAX: u32 = 64 << 20;
+
 /// zstd level of data frames. Chosen by measurement (docs/BENCHMARKS.md).
 pub const ZSTD_LEVEL: i32 = 1;
 

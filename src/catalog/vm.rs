@@ -13,7 +13,7 @@ use crate::limits::{LOG_CHECKPOINT_INTERVAL, LOG_RECORD_BYTES_MAX};
 use crate::pack::index::object_name;
 use crate::pack::reader::{Locate, ObjectPlace};
 use crate::random::fill_random;
-use crate::units::{Incarnation, ObjectId, PackNumber, RecordNumber};
+use crate::units::{Incarnation, ObjectId, PackNumber, RecordNumber, RootId};
 
 /// How often a record is tried again when others append at the same time.
 const APPEND_TRIES: usize = 1000;
@@ -320,6 +320,29 @@ impl Vm {
             Some(e) => e.within(missing),
             None => corrupt(missing),
         })
+    }
+
+    /// The entries of the log that tell since when root pages are condemned: the record that says so of each, or the
+    /// oldest whole checkpoint that has it. What is condemned later than `until` is left out.
+    ///
+    /// Cost: a listing, a checkpoint, and a read for each record since.
+    ///
+    /// # Errors
+    /// `NotFound` when others deleted meanwhile what is read, `Corrupt`, `Unsupported`, `Unavailable`.
+    pub fn condemned_since(&self, until: RecordNumber) -> Result<BTreeMap<RootId, Key>> {
+        let numbers = self.numbers()?;
+        let whole = numbers.checkpoints.iter().filter(|n| **n <= until).find_map(|n| self.read_checkpoint(*n).ok());
+        let mut state = whole.unwrap_or_default();
+        let first = state.number;
+        let oldest = checkpoint_key(&self.name, first);
+        let mut since: BTreeMap<RootId, Key> = state.condemned.keys().map(|root| (*root, oldest.clone())).collect();
+        for number in numbers.records.iter().copied().filter(|n| *n > first && *n <= until) {
+            state.apply(&self.read_record(number)?)?;
+            for root in state.condemned.keys().filter(|root| !since.contains_key(root)).copied().collect::<Vec<_>>() {
+                since.insert(root, record_key(&self.name, number));
+            }
+        }
+        Ok(since)
     }
 
     /// Appends one record made from the newest state. `change` may run several times, each time on the state that

@@ -6,7 +6,7 @@
 //! them goes with them.
 //!
 //! A live slot whose block a common pack holds becomes a *forward*: its own bytes are not read, those of the common slot
-//! are, and compared with the fingerprint.
+//! were, and compared with the fingerprint ([`Sharing::proven_forwards`](crate::collect::plan::Sharing::proven_forwards)).
 
 use std::collections::BTreeMap;
 
@@ -18,21 +18,18 @@ use crate::catalog::record::PackEntry;
 use crate::catalog::vm::pack_key;
 use crate::collect::plan::live_mask;
 use crate::error::{Error, Result, corrupt, invalid};
-use crate::fingerprint::{Fingerprint, fingerprint, fingerprint_blocks};
-use crate::limits::{BLOCK_BYTES, RECIPE_ZSTD_LEVEL, ZSTD_LEVEL};
+use crate::fingerprint::{Fingerprint, fingerprint};
+use crate::limits::{RECIPE_ZSTD_LEVEL, ZSTD_LEVEL};
 use crate::pack::Content;
 use crate::pack::frame::{FrameRow, compress, join_slots, slot_range};
 use crate::pack::index::{ForwardRow, Identity, Member, PackIndex};
-use crate::pack::reader::{ObjectPlace, Packs, read_index, read_slot_page};
+use crate::pack::reader::{ObjectPlace, read_index, read_slot_page};
 use crate::pack::writer::{PackWriter, PackedFrame};
 use crate::store::session::{Session, pack_entry};
 use crate::units::{Generation, Incarnation, ObjectId, PackNumber, SlotId};
 
 /// Bytes of frames that are read, and worked on by all cores, at a time.
 const BATCH_BYTES: u64 = 4 << 20;
-
-/// Blocks of common packs that are read and verified at a time, at the most: 1 MiB.
-const VERIFY_BLOCKS: usize = 256;
 
 /// An object whose live slots move.
 #[derive(Debug, Clone)]
@@ -41,7 +38,7 @@ pub struct Source {
     pub place: ObjectPlace,
     /// Its packs that have live slots, with these.
     pub live: Vec<(PackNumber, RoaringBitmap)>,
-    /// Live slots that are to lead to common slots from now on.
+    /// Live slots that are to lead to common slots from now on, whose bytes were read and found right.
     pub forwards: BTreeMap<SlotId, SlotId>,
 }
 
@@ -83,7 +80,7 @@ pub fn rewrite(session: &Session, sources: &[Source]) -> std::result::Result<Vec
     let key = pack_key(vm.name(), identity.object);
     let indexes = read_indexes(backend, sources, &identity)?;
     let mut writer = PackWriter::create(backend, &key, identity).map_err(target)?;
-    let copy = Copy { packs: session.packs(), backend };
+    let copy = Copy { backend };
     for (turn, (number, at, live)) in members.iter().enumerate() {
         let (Some(source), Some(index)) = (sources.get(*at), indexes.get(*at)) else { continue };
         if turn > 0 {
@@ -150,7 +147,6 @@ struct Task<'a> {
 
 /// What copying needs beside the source.
 struct Copy<'a> {
-    packs: &'a Packs,
     backend: &'a dyn Backend,
 }
 
@@ -186,7 +182,7 @@ impl Copy<'_> {
         Ok(())
     }
 
-    /// The live slots that lead to common slots: those that do already, and those wanted whose target holds the block.
+    /// The live slots that lead to common slots: those that do already, and those wanted.
     fn forwards(
         &self,
         source: &Source,
@@ -205,39 +201,12 @@ impl Copy<'_> {
         let first = SlotId::new(member.number, 0);
         let wanted = source.forwards.range(first..=SlotId::new(member.number, u16::MAX));
         let wanted = wanted.filter(|(slot, _)| live.contains(u32::from(slot.slot())));
-        let mut run: Vec<(u16, SlotId, Fingerprint)> = Vec::new();
         for (slot, target) in wanted {
             let ordinal = member.ordinal_of(slot.slot());
             let Some(print) = ordinal.and_then(|at| prints.get(at as usize)) else { continue };
-            let goes_on = run.last().is_some_and(|(_, last, _)| last.plus(1) == Some(*target));
-            if !goes_on || run.len() >= VERIFY_BLOCKS {
-                self.verify(&mut run, &mut forwards);
-            }
-            run.push((slot.slot(), *target, *print));
+            forwards.insert(slot.slot(), (*target, *print));
         }
-        self.verify(&mut run, &mut forwards);
         Ok(forwards)
-    }
-
-    /// Reads what a run of common slots holds; only what is right becomes a forward, the rest stays here.
-    fn verify(&self, run: &mut Vec<(u16, SlotId, Fingerprint)>, forwards: &mut BTreeMap<u16, (SlotId, Fingerprint)>) {
-        let Some((_, first, _)) = run.first() else { return };
-        let mut bytes = vec![0; run.len() * BLOCK_BYTES];
-        if let Err(e) = self.packs.read_blocks(*first, &mut bytes) {
-            log::warn!("blocks stay where they are: {e}");
-            run.clear();
-            return;
-        }
-        let (blocks, _) = bytes.as_chunks::<BLOCK_BYTES>();
-        let mut prints = Vec::with_capacity(blocks.len());
-        fingerprint_blocks(&blocks.iter().collect::<Vec<_>>(), &mut prints);
-        for ((slot, target, wanted), print) in run.drain(..).zip(prints) {
-            if print == wanted {
-                forwards.insert(slot, (target, wanted));
-            } else {
-                log::warn!("common slot {target:?}: bytes do not match their fingerprint; run snapfs check");
-            }
-        }
     }
 
     /// Copies what the masks leave of each frame.

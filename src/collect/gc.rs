@@ -205,6 +205,8 @@ fn plan_without_lock(store: &Store, vm: &Arc<Vm>, options: GcOptions, grace: &Gr
                 }
             }
             Err(e) => return Err(e),
+            // An object that is not there may only have moved.
+            Ok(plan) if !plan.damaged.is_empty() && tries < PLAN_TRIES && vm.refresh()?.number != state.number => {}
             Ok(plan) => return Ok((state, plan)),
         }
     }
@@ -585,7 +587,7 @@ impl<'a> Collector<'a> {
             if let ([survey], [source]) = (bin.as_slice(), sources.as_slice())
                 && !survey.with_forwards(source.forwards.len() as u64).is_worth_rewriting()
             {
-                // The sample had promised more.
+                // The sample had promised more, or the common blocks are damaged.
                 return Ok(());
             }
             match rewrite(self.session, &sources) {
@@ -616,8 +618,8 @@ impl<'a> Collector<'a> {
         }
         let sharing = self.sharing(&self.vm.state());
         for (number, slots) in live {
-            match sharing.forwards(self.session.packs(), *number, slots, 1) {
-                Ok((found, _)) => forwards.extend(found),
+            match sharing.proven_forwards(self.session.packs(), *number, slots) {
+                Ok(found) => forwards.extend(found),
                 // Whoever copies its blocks will say what is wrong.
                 Err(e) if e.kind() == ErrorKind::Corrupt => log::debug!("pack {number}: nothing is forwarded: {e}"),
                 Err(e) => return Err(e),

@@ -1,22 +1,25 @@
 //! The store's `gc_grace`: for so long after a snapshot was forgotten, a reader may have it open whose lock nobody here
 //! sees, because it is on another host and the medium keeps locks to each host (I6).
 
-use std::cell::OnceCell;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crate::backend::Key;
 use crate::catalog::state::VmState;
-use crate::catalog::vm::{Vm, record_key};
+use crate::catalog::vm::Vm;
 use crate::clock::Timestamp;
 use crate::error::Result;
 use crate::store::Store;
+use crate::units::{RecordNumber, RootId};
 
-/// How long what was forgotten stays, as of one moment.
+/// How long what was forgotten of a VM stays, as of one moment.
 #[derive(Debug, Default)]
 pub struct Grace {
     length: Duration,
     now: Timestamp,
-    // How long the medium had the newest record of the log when that was asked first: a collection writes records too.
-    newest_age: OnceCell<Duration>,
+    // Ages on the medium, as of a record: what is forgotten while a plan is made or the lock is waited for is younger.
+    ages: RefCell<Option<(RecordNumber, BTreeMap<RootId, Duration>)>>,
 }
 
 /// Root pages that are not collected yet.
@@ -42,26 +45,41 @@ impl Grace {
     /// As [`Store::settings`].
     pub fn of(store: &Store) -> Result<Self> {
         let length = Duration::from_secs(store.settings()?.gc_grace_seconds);
-        Ok(Self { length, now: store.clock().now(), newest_age: OnceCell::new() })
+        Ok(Self { length, now: store.clock().now(), ages: RefCell::default() })
     }
 
-    /// How long something stays that was forgotten at a time by the clock of whoever did it; `None`: no longer.
+    /// How long a root page stays that was forgotten at a time by the clock of whoever did it; `None`: no longer.
     ///
-    /// A time that is not past yet comes from a clock that is ahead of ours: then what counts is how long the medium has
-    /// had the newest record of the log, which is not older than that of the forget. Cost: nothing, but one look then.
-    pub fn left(&self, vm: &Vm, state: &VmState, forgotten: Timestamp) -> Option<Duration> {
+    /// A time that is not past yet comes from a clock that is ahead of ours, or from after we looked at it: then what
+    /// counts is how long the medium has had the record that forgot it. Cost: nothing, but what
+    /// [`Vm::condemned_since`] costs then, once for a state.
+    pub fn left(&self, vm: &Vm, state: &VmState, root: RootId, forgotten: Timestamp) -> Option<Duration> {
         if self.length.is_zero() {
             return None;
         }
         let age = match self.now.0.checked_sub(forgotten.0) {
             Some(nanos) => Duration::from_nanos(nanos),
-            None => *self.newest_age.get_or_init(|| {
-                let key = record_key(vm.name(), state.number);
-                let ages = vm.backend().ages(&[key]).inspect_err(|e| log::debug!("the age of a record: {e}"));
-                // What cannot be told is taken for new.
-                ages.ok().and_then(|ages| ages.first().copied().flatten()).unwrap_or_default()
-            }),
+            None => self.age_on_medium(vm, state, root),
         };
         self.length.checked_sub(age).filter(|left| !left.is_zero())
+    }
+
+    fn age_on_medium(&self, vm: &Vm, state: &VmState, root: RootId) -> Duration {
+        let mut known = self.ages.borrow_mut();
+        if known.as_ref().is_none_or(|(number, _)| *number != state.number) {
+            let read =
+                self.read_ages(vm, state).inspect_err(|e| log::debug!("since when root pages are forgotten: {e}"));
+            *known = Some((state.number, read.unwrap_or_default()));
+        }
+        // What cannot be told is taken for new.
+        known.as_ref().and_then(|(_, ages)| ages.get(&root).copied()).unwrap_or_default()
+    }
+
+    fn read_ages(&self, vm: &Vm, state: &VmState) -> Result<BTreeMap<RootId, Duration>> {
+        let since = vm.condemned_since(state.number)?;
+        let is_asked = |root: &RootId| state.condemned.get(root).is_some_and(|time| *time > self.now);
+        let (roots, keys): (Vec<RootId>, Vec<Key>) = since.into_iter().filter(|(root, _)| is_asked(root)).unzip();
+        let ages = vm.backend().ages(&keys)?;
+        Ok(roots.into_iter().zip(ages).filter_map(|(root, age)| Some((root, age?))).collect())
     }
 }

@@ -28,6 +28,8 @@ pub struct Roots {
     pub held: BTreeSet<RootId>,
     /// Condemned ones that are live only because it was not long ago.
     pub young: Young,
+    /// Those.
+    pub young_roots: BTreeSet<RootId>,
 }
 
 impl Roots {
@@ -52,9 +54,10 @@ impl Roots {
             } else if vm.backend().is_pinned(&root_key(vm.name(), id))? {
                 roots.live.insert(id);
                 roots.pinned += 1;
-            } else if let Some(left) = grace.left(vm, state, forgotten) {
+            } else if let Some(left) = grace.left(vm, state, id, forgotten) {
                 roots.live.insert(id);
                 roots.young.add(left);
+                roots.young_roots.insert(id);
             } else {
                 roots.dead.push(id);
             }
@@ -102,7 +105,7 @@ impl Walk<'_> {
         let mut live = RoaringTreemap::new();
         let mut seen = RoaringTreemap::new();
         for id in roots.live.iter().copied() {
-            let stop = |e| self.stop(id, roots.held.contains(&id), e);
+            let stop = |e| self.stop(id, roots, e);
             let root = read_root(&**self.vm.backend(), self.vm.name(), self.incarnation, id).map_err(stop)?;
             for group in &root.groups {
                 if !seen.insert(group.page.slot.0) {
@@ -123,13 +126,17 @@ impl Walk<'_> {
         Ok(live)
     }
 
-    fn stop(&self, root: RootId, is_held: bool, error: Error) -> Error {
+    fn stop(&self, root: RootId, roots: &Roots, error: Error) -> Error {
         let kind = match error.kind() {
             ErrorKind::NotFound | ErrorKind::Corrupt => ErrorKind::Corrupt,
             other => other,
         };
         let (vm, key) = (self.vm.name(), root_key(self.vm.name(), root));
-        let why = if is_held { format!(" (forgotten; {} names it)", holds_prefix(vm)) } else { String::new() };
+        let why = match (roots.held.contains(&root), roots.young_roots.contains(&root)) {
+            (true, _) => format!(" (forgotten; {} names it)", holds_prefix(vm)),
+            (_, true) => " (forgotten; within gc_grace)".to_owned(),
+            _ => String::new(),
+        };
         error.as_kind(kind).within(format!("VM {vm:?}: nothing is collected: what {key}{why} needs is not known"))
     }
 

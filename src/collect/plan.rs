@@ -11,8 +11,8 @@ use crate::collect::grace::Grace;
 use crate::collect::live::{Exactness, Roots, Walk, slot_range};
 use crate::dedup::ladder::{self, Origin, plan};
 use crate::error::Result;
-use crate::fingerprint::Fingerprint;
-use crate::limits::{PACK_BYTES_MAX, PACK_MEMBERS_MAX, SLOT_PAGE_FINGERPRINTS};
+use crate::fingerprint::{Fingerprint, fingerprint_blocks};
+use crate::limits::{BLOCK_BYTES, PACK_BYTES_MAX, PACK_MEMBERS_MAX, SLOT_PAGE_FINGERPRINTS};
 use crate::pack::Content;
 use crate::pack::frame::FrameRow;
 use crate::pack::index::{ForwardRow, HEADER_BYTES};
@@ -32,6 +32,9 @@ const PAGES_STEP: u32 = 8;
 
 /// Pages of a slot table that are compared with common packs at a time: as many slots as a segment has blocks.
 const PAGES_AT_A_TIME: u32 = 4;
+
+/// Blocks of common packs that are read and verified at a time, at the most: 1 MiB.
+const VERIFY_BLOCKS: usize = 256;
 
 /// Pages of common packs that these are compared with, at the most: one for each slot.
 const COMMON_PAGES_MAX: usize = PAGES_AT_A_TIME as usize * SLOT_PAGE_FINGERPRINTS;
@@ -186,6 +189,33 @@ impl Sharing<'_> {
         live: &RoaringBitmap,
         step: u32,
     ) -> Result<(BTreeMap<SlotId, SlotId>, u64)> {
+        self.forwards_if(packs, pack, live, step, |found| found)
+    }
+
+    /// All of them whose blocks were read and found right: what is not stays where it is, and must not count for what
+    /// rewriting gives back, or the same would be written again and again.
+    ///
+    /// Cost: reads the slot table, pages of common packs around hits, and the common blocks.
+    ///
+    /// # Errors
+    /// `Corrupt`, `Unavailable`.
+    pub fn proven_forwards(
+        &self,
+        packs: &Packs,
+        pack: PackNumber,
+        live: &RoaringBitmap,
+    ) -> Result<BTreeMap<SlotId, SlotId>> {
+        Ok(self.forwards_if(packs, pack, live, 1, |found| proven(packs, found))?.0)
+    }
+
+    fn forwards_if(
+        &self,
+        packs: &Packs,
+        pack: PackNumber,
+        live: &RoaringBitmap,
+        step: u32,
+        choose: impl Fn(Vec<Forward>) -> Vec<Forward>,
+    ) -> Result<(BTreeMap<SlotId, SlotId>, u64)> {
         let mut found = BTreeMap::new();
         let mut seen = 0;
         let place = packs.locate(pack)?;
@@ -204,11 +234,12 @@ impl Sharing<'_> {
                 }
             }
             seen += slots.len() as u64;
-            for (slot, origin) in slots.into_iter().zip(self.compare(packs, &prints)) {
-                if let Origin::Held(target) = origin {
-                    found.insert(slot, target);
-                }
-            }
+            let origins = self.compare(packs, &prints);
+            let hits = slots.into_iter().zip(prints).zip(origins).filter_map(|((slot, print), origin)| match origin {
+                Origin::Held(target) => Some((slot, target, print?)),
+                _ => None,
+            });
+            found.extend(choose(hits.collect()).into_iter().map(|(slot, target, _)| (slot, target)));
         }
         Ok((found, seen))
     }
@@ -242,6 +273,44 @@ impl Sharing<'_> {
             planned = plan(prints, &[], &held, RecordNumber(0));
         }
         planned.origins
+    }
+}
+
+/// A slot, the common slot that it may lead to, and the fingerprint of the block.
+type Forward = (SlotId, SlotId, Fingerprint);
+
+/// Those whose common slots hold the block. Cost: reads them, a run at a time.
+fn proven(packs: &Packs, found: Vec<Forward>) -> Vec<Forward> {
+    let mut right = Vec::with_capacity(found.len());
+    let mut run: Vec<Forward> = Vec::new();
+    for forward in found {
+        let goes_on = run.last().is_some_and(|(_, last, _)| last.plus(1) == Some(forward.1));
+        if !goes_on || run.len() >= VERIFY_BLOCKS {
+            prove(packs, &mut run, &mut right);
+        }
+        run.push(forward);
+    }
+    prove(packs, &mut run, &mut right);
+    right
+}
+
+fn prove(packs: &Packs, run: &mut Vec<Forward>, right: &mut Vec<Forward>) {
+    let Some((_, first, _)) = run.first() else { return };
+    let mut bytes = vec![0; run.len() * BLOCK_BYTES];
+    if let Err(e) = packs.read_blocks(*first, &mut bytes) {
+        log::warn!("blocks stay where they are: {e}");
+        run.clear();
+        return;
+    }
+    let (blocks, _) = bytes.as_chunks::<BLOCK_BYTES>();
+    let mut prints = Vec::with_capacity(blocks.len());
+    fingerprint_blocks(&blocks.iter().collect::<Vec<_>>(), &mut prints);
+    for ((slot, target, wanted), print) in run.drain(..).zip(prints) {
+        if print == wanted {
+            right.push((slot, target, wanted));
+        } else {
+            log::warn!("common slot {target:?}: bytes do not match their fingerprint; run snapfs check");
+        }
     }
 }
 

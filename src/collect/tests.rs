@@ -1,10 +1,11 @@
 //! Collection on a store in memory: what survives, what goes, and that a fault at any call loses nothing.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use crate::backend::Backend;
 use crate::backend::testing::{Fault, Faulty, Memory, Scope};
+use crate::backend::{Backend, Guard, Key, Listed, Upload};
 use crate::catalog::record::Op;
 use crate::catalog::roots::root_key;
 use crate::catalog::vm::pack_key;
@@ -12,7 +13,7 @@ use crate::collect::gc::{Bounds, GcOptions, GcReport, collect_some, collect_vm};
 use crate::collect::grace::Grace;
 use crate::collect::plan::Plan;
 use crate::collect::testing::{Bench, Model, block, open, read, vm};
-use crate::error::ErrorKind;
+use crate::error::{ErrorKind, Result};
 use crate::pack::Content;
 use crate::store::lock_key;
 
@@ -324,6 +325,94 @@ fn forwards_are_found_between_own_blocks_where_one_entry_of_eight_is_in_memory()
     let after = bench.bytes("vms/web01/packs");
     assert!(after * 100 < before * 40, "a third is its own: {before} bytes, {after} left");
     bench.verify(&bench.memory);
+}
+
+/// Before an object is read the first time, something else happens.
+struct Meddled {
+    inner: Memory,
+    before: Key,
+    what: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl std::fmt::Debug for Meddled {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.inner.fmt(out)
+    }
+}
+
+impl Backend for Meddled {
+    fn create(&self, key: &Key) -> Result<Box<dyn Upload>> {
+        self.inner.create(key)
+    }
+    fn read(&self, key: &Key, offset: u64, out: &mut [u8]) -> Result<()> {
+        if *key == self.before
+            && let Some(what) = self.what.lock().unwrap().take()
+        {
+            what();
+        }
+        self.inner.read(key, offset, out)
+    }
+    fn read_all(&self, key: &Key, bytes_max: u64) -> Result<Vec<u8>> {
+        self.inner.read_all(key, bytes_max)
+    }
+    fn len(&self, key: &Key) -> Result<u64> {
+        self.inner.len(key)
+    }
+    fn ages(&self, keys: &[Key]) -> Result<Vec<Option<Duration>>> {
+        self.inner.ages(keys)
+    }
+    fn list(&self, prefix: &Key) -> Result<Vec<Listed>> {
+        self.inner.list(prefix)
+    }
+    fn delete(&self, key: &Key) -> Result<()> {
+        self.inner.delete(key)
+    }
+    fn pin(&self, key: &Key) -> Result<Box<dyn Guard>> {
+        self.inner.pin(key)
+    }
+    fn is_pinned(&self, key: &Key) -> Result<bool> {
+        self.inner.is_pinned(key)
+    }
+    fn try_lock(&self, key: &Key) -> Result<Option<Box<dyn Guard>>> {
+        self.inner.try_lock(key)
+    }
+}
+
+#[test]
+fn what_another_collection_moves_meanwhile_is_not_called_damaged() {
+    let mut bench = Bench::new();
+    bench.backup("web01/a.img", (1..=1000).collect());
+    bench.backup("web01/b.img", (1..=500).collect());
+    bench.forget(&["web01/a.img"]);
+    let (_, state) = bench.store.vm(&vm("web01")).unwrap();
+    let data = state.packs.values().find(|p| p.content == Content::Data).unwrap();
+    let before = pack_key("web01", data.object);
+    let other = open(Arc::new(bench.memory.clone()));
+    let what = move || {
+        let report = collect_vm(&other, &vm("web01"), GcOptions::default(), &mut |_| {}).unwrap();
+        assert_eq!(report.packs_compacted, 1, "{report:?}");
+    };
+    let meddled = Meddled { inner: bench.memory.clone(), before, what: Mutex::new(Some(Box::new(what))) };
+    let options = GcOptions { exact: false, dry_run: true };
+    let report = collect_vm(&open(Arc::new(meddled)), &vm("web01"), options, &mut |_| {}).unwrap();
+    assert_eq!((report.damaged.len(), report.idle), (0, true), "{report:?}");
+}
+
+#[test]
+fn a_forgotten_snapshot_that_stops_collection_is_told_to_be_in_its_grace() {
+    let mut bench = history(Memory::new(), 2);
+    let grace = |settings: &mut crate::store::config::Settings| {
+        settings.gc_grace_seconds = 60;
+        Ok(())
+    };
+    bench.store.change_settings(grace).unwrap();
+    let (_, state) = bench.store.vm(&vm("web01")).unwrap();
+    let root = root_key("web01", state.find(None, "0.img").unwrap().root);
+    bench.forget(&["web01/0.img"]);
+    bench.memory.remove(&root);
+    let error = collect_vm(&bench.store, &vm("web01"), GcOptions::default(), &mut |_| {}).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert!(error.to_string().contains(&format!("{root} (forgotten; within gc_grace) needs")), "{error}");
 }
 
 struct Tell<'a>(&'a AtomicBool);

@@ -50,7 +50,7 @@ impl MountedStore {
     }
 
     fn collect_after(&self, vm: &str, wait: Duration) {
-        lock(&self.collecting.due).insert(vm.to_owned(), self.store.clock().elapsed() + wait);
+        lock(&self.collecting.due).insert(vm.to_owned(), self.store.clock().elapsed().saturating_add(wait));
     }
 
     /// Somebody is about to wait for a VM's session: a round in it ends soon.

@@ -10,7 +10,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use crate::backend::{Backend, Key};
 use crate::error::{Error, ErrorKind, Result, corrupt};
 use crate::fingerprint::{Fingerprint, fingerprint};
-use crate::limits::{BLOCK_BYTES, RECIPE_FRAME_BYTES_MAX};
+use crate::limits::{BLOCK_BYTES, PACK_TAIL_BYTES_MAX, RECIPE_FRAME_BYTES_MAX};
 use crate::pack::Content;
 use crate::pack::cache::Cache;
 use crate::pack::copies;
@@ -530,7 +530,8 @@ impl Packs {
 pub fn read_index(backend: &dyn Backend, place: &ObjectPlace) -> Result<PackIndex> {
     let wrong = |e: Error| e.within(&place.key);
     let tail_bytes = u64::from(place.tail_bytes);
-    if tail_bytes > place.bytes || (place.tail_bytes as usize) < TRAILER_BYTES {
+    let is_possible = (TRAILER_BYTES as u64..=u64::from(PACK_TAIL_BYTES_MAX)).contains(&tail_bytes);
+    if tail_bytes > place.bytes || !is_possible {
         return Err(corrupt(format!("{}: tail of {tail_bytes} bytes", place.key)));
     }
     let mut tail = vec![0; place.tail_bytes as usize];
@@ -575,4 +576,32 @@ fn slot_if_right(frame: &Opened, place: &Place) -> Option<Vec<u8>> {
     let range = frame.slot(Content::Recipes, place.slot.slot()).ok()?;
     let bytes = frame.raw.get(range)?;
     (check_of(bytes) == place.check).then(|| bytes.to_vec())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::testing::{Memory, Recorder};
+    use crate::units::{Generation, RecordNumber, Serial};
+
+    #[test]
+    fn no_memory_is_taken_for_a_tail_that_no_pack_has() {
+        let recorder = Recorder::new(Arc::new(Memory::new()));
+        let object = ObjectId { number: Serial::new(RecordNumber(1), 0), generation: Generation(0) };
+        let place = |tail_bytes: u32| ObjectPlace {
+            key: Key::new("pack"),
+            incarnation: Incarnation([7; 16]),
+            object,
+            content: Content::Data,
+            bytes: 1 << 40,
+            tail_bytes,
+        };
+        for (tail_bytes, is_read) in [(PACK_TAIL_BYTES_MAX, true), (PACK_TAIL_BYTES_MAX + 1, false), (u32::MAX, false)]
+        {
+            let before = recorder.counts().read;
+            let error = read_index(&recorder, &place(tail_bytes)).unwrap_err();
+            assert_eq!(error.kind(), if is_read { ErrorKind::NotFound } else { ErrorKind::Corrupt }, "{error}");
+            assert_eq!(recorder.counts().read > before, is_read, "{tail_bytes}");
+        }
+    }
 }

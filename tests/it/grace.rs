@@ -1,6 +1,7 @@
 //! `gc_grace`: what a reader on another host has open whose locks nobody sees (I6). The medium keeps pins to itself.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use snapfs::clock::{Clock, ManualClock, Timestamp};
@@ -176,4 +177,101 @@ fn a_mount_that_collects_comes_back_when_the_grace_is_over() {
     }
     let took = world.clock.now().seconds() - began;
     assert!((3600..3720).contains(&took), "{took}");
+}
+
+/// A clock whose second look at the time is the moment at which something else happens.
+struct Interrupted {
+    clock: Arc<ManualClock>,
+    looks: AtomicUsize,
+    what: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl Clock for Interrupted {
+    fn now(&self) -> Timestamp {
+        if self.looks.fetch_add(1, Relaxed) == 1
+            && let Some(what) = self.what.lock().unwrap().take()
+        {
+            what();
+        }
+        self.clock.now()
+    }
+
+    fn elapsed(&self) -> Duration {
+        self.clock.elapsed()
+    }
+
+    fn sleep(&self, length: Duration) {
+        self.clock.sleep(length);
+    }
+}
+
+/// A store on a host whose clock stands in the year 2500.
+fn ahead(world: &World) -> Store {
+    let clock = Arc::new(ManualClock::at(Timestamp(16_725_225_600_000_000_000)));
+    Store::with_backend(Arc::new(world.memory.clone()), None, clock, MemoryShares::default()).unwrap()
+}
+
+#[test]
+fn what_is_forgotten_while_a_collection_is_on_its_way_has_its_grace() {
+    let world = World::new();
+    let store = world.store();
+    set_grace(&store, 3600);
+    for snapshot in ["web01/a.img", "web01/b.img", "web01/c.img"] {
+        put(&store, snapshot, snapshot.as_bytes()).unwrap();
+    }
+    forget(&ahead(&world), &[name("web01/a.img")]).unwrap();
+    world.clock.advance(2 * HOUR);
+    world.memory.advance(2 * HOUR);
+    // The first look is for the grace, the second for the begin record, after the first plan.
+    let clock = world.clock.clone();
+    let what = move || {
+        clock.advance(Duration::from_secs(1));
+        forget(&store, &[name("web01/b.img")]).unwrap();
+    };
+    let clock =
+        Interrupted { clock: world.clock.clone(), looks: AtomicUsize::new(0), what: Mutex::new(Some(Box::new(what))) };
+    let memory = Arc::new(world.memory.clone());
+    let collector = Store::with_backend(memory, None, Arc::new(clock), MemoryShares::default()).unwrap();
+    let report = gc(&collector, false);
+    assert_eq!((report.roots_dropped, report.roots_young), (1, 1), "{report:?}");
+}
+
+#[test]
+fn a_clock_that_was_ahead_keeps_nothing_for_ever_where_gc_follows_each_backup() {
+    let world = World::new();
+    let store = world.store();
+    set_grace(&store, 3600);
+    put(&store, "web01/a.img", &noise(7, BYTES)).unwrap();
+    put(&store, "web01/b.img", b"x").unwrap();
+    forget(&ahead(&world), &[name("web01/a.img")]).unwrap();
+    let mut dropped = 0;
+    for day in 0..10 {
+        world.clock.advance(24 * HOUR);
+        world.memory.advance(24 * HOUR);
+        put(&store, &format!("web01/{day}.img"), &[day; 5000]).unwrap();
+        dropped += gc(&store, false).roots_dropped;
+    }
+    assert_eq!(dropped, 1);
+    // The record that forgot it is gone by now: what counts is the oldest checkpoint.
+    forget(&ahead(&world), &[name("web01/b.img")]).unwrap();
+    for turn in 0..150 {
+        put(&store, &format!("web01/turn{turn}.img"), b"turn").unwrap();
+    }
+    assert_eq!(gc(&store, false).roots_young, 1);
+    world.memory.advance(HOUR);
+    put(&store, "web01/last.img", b"x").unwrap();
+    assert_eq!(gc(&store, false).roots_young, 0);
+}
+
+#[test]
+fn a_grace_without_end_is_no_overflow() {
+    let world = World::new();
+    set_grace(&world.store(), u64::MAX);
+    put(&world.store(), "web01/a.img", &noise(7, 100_000)).unwrap();
+    let fs = MountedStore::new(Arc::new(world.store()), Options { collect: true, ..Options::default() });
+    let parent = fs.lookup(ROOT, "web01").unwrap().ino;
+    fs.unlink(parent, "a.img").unwrap();
+    world.clock.advance(Duration::from_secs(10));
+    fs.collect_due();
+    assert!(!keys(&world.memory, "vms/web01/packs").is_empty());
 }

@@ -18,6 +18,7 @@ use snapfs::store::Store;
 use snapfs::store::session::Session;
 use snapfs::units::{Epoch, Incarnation, Serial, SlotId, VmGroup};
 
+use crate::invariants::keys;
 use crate::world::{Rng, World, get, name, noise, put};
 
 const BLOCK: usize = 4096;
@@ -98,6 +99,35 @@ fn an_election_shares_what_vms_hold_and_gc_leaves_one_copy() {
     gc(&world.store(), true);
     assert_eq!(bytes_below(&world, "common/packs/"), common);
     assert_clean(&world);
+}
+
+#[test]
+fn damage_to_common_blocks_does_not_make_gc_write_the_same_again_and_again() {
+    let world = World::new();
+    let images: Vec<Vec<u8>> = (0..4).map(family).collect();
+    for (number, image) in images.iter().enumerate() {
+        put(&world.store(), &format!("vm{number}/1.img"), image).unwrap();
+    }
+    elected(&world);
+    for key in keys(&world.memory, "common/packs") {
+        let mut bytes = world.memory.objects()[key.as_str()].to_vec();
+        // All frames, and not the slot table and the index after them.
+        for at in (2000..6 * MIB).step_by(BLOCK) {
+            bytes[at] ^= 1;
+        }
+        world.memory.replace(&key, bytes);
+    }
+    gc(&world.store(), false);
+    let settled = bytes_below(&world, "vms/");
+    let packs = || keys(&world.memory, "vms/vm0/packs");
+    let before = packs();
+    let report = collect_vm(&world.store(), &VmName::new("vm0").unwrap(), GcOptions::default(), &mut |_| {}).unwrap();
+    assert_eq!((report.packs_compacted, report.packs_written), (0, 0), "{report:?}");
+    assert_eq!(packs(), before);
+    assert!(bytes_below(&world, "vms/") - settled < 10_000);
+    for (number, image) in images.iter().enumerate() {
+        assert!(get(&world.store(), &format!("vm{number}/1.img")).unwrap() == *image, "vm{number}");
+    }
 }
 
 #[test]

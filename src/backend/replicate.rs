@@ -120,6 +120,21 @@ impl Layout {
         let quorum = self.copies.quorum_of(homes.len());
         Places { homes, others, quorum }
     }
+
+    /// While objects move, the targets of which one decided over a log before: the first of those that stay, or the second
+    /// when the first was added; or one that is removed and comes before them.
+    fn former_arbiters(&self, key: &str) -> Vec<Target> {
+        let ids: Vec<TargetId> = self.targets.iter().map(|(target, _)| target.id()).collect();
+        let all = Copies { vm: ids.len(), common: ids.len(), ..self.copies };
+        let mut staying = 0;
+        let ranked = Scope::of(key).places(&ids, all).into_iter().filter_map(|at| self.targets.get(at));
+        let former = ranked.take_while(|(_, leaving)| {
+            let is_wanted = staying < 2;
+            staying += usize::from(!leaving);
+            is_wanted
+        });
+        former.map(|(target, _)| target.clone()).collect()
+    }
 }
 
 impl Replicated {
@@ -170,6 +185,18 @@ impl Replicated {
     /// Whether all targets are there.
     pub fn is_whole(&self) -> bool {
         self.layout().targets.iter().all(|(target, _)| target.is_there() && target.trouble().is_none())
+    }
+
+    /// The targets that are away, if they are so many that something that counts may be known to them alone; else none.
+    pub fn away_with_what_counts(&self) -> Vec<String> {
+        let layout = self.layout();
+        let is_away = |target: &Target| !target.is_there() || target.trouble().is_some();
+        let away = layout.targets.iter().map(|(target, _)| target).filter(|target| is_away(target));
+        let away: Vec<String> = away.map(|target| target.name().to_owned()).collect();
+        let staying = layout.targets.iter().filter(|(_, leaving)| !leaving).count();
+        // While objects move, they are on as many as an earlier record says.
+        let is_much = layout.is_moving || away.len() >= layout.copies.quorum_of(layout.copies.vm.min(staying));
+        if is_much { away } else { Vec::new() }
     }
 
     /// Goes on with the newest layout, if there is a newer one. `at`: where to look, one of its targets.
@@ -313,6 +340,15 @@ impl Replicated {
 
     /// Refuses what cannot reach enough targets before anything is written.
     fn must_reach(&self, key: &Key, places: &Places) -> Result<()> {
+        let layout = self.layout();
+        if layout.is_moving
+            && is_log(key.as_str())
+            && let Some(former) = layout.former_arbiters(key.as_str()).iter().find(|target| !target.is_there())
+        {
+            // Without its records another one would be put where one of them is.
+            let why = format!("objects are moving, and {}, which may have more of it, is not there", former.name());
+            return Err(Error::new(ErrorKind::Unavailable, format!("{key}: nothing was written: {why}")));
+        }
         let away: Vec<&Target> = places.homes.iter().filter(|target| !target.is_there()).collect();
         let there = places.homes.len() - away.len();
         let arbiter_away = places.homes.first().is_none_or(|arbiter| !arbiter.is_there());

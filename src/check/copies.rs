@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use crate::backend::placement::TargetId;
 use crate::backend::replicate::Replicated;
 use crate::backend::target::Target;
 use crate::backend::{Backend, Key};
@@ -26,7 +27,7 @@ use crate::popular::index::{IndexIdentity, PopularIndex, parse_index_name};
 use crate::store::Store;
 use crate::store::config::{FILE_NAME, StoreConfig, open_record, record_key, record_numbers};
 use crate::store::targets::Refill;
-use crate::units::Incarnation;
+use crate::units::{Incarnation, RootId};
 
 /// The largest object that is no pack and is looked at as a whole.
 const WHOLE_BYTES_MAX: u64 = LOG_RECORD_BYTES_MAX;
@@ -45,12 +46,18 @@ pub fn check_copies(
     report: &mut CheckReport,
 ) -> Result<()> {
     let refills = if options.repair { Refill::begin(store, replicated)? } else { Vec::new() };
-    let mut check = CopyCheck { store, replicated, options, report, told_away: BTreeSet::new() };
+    let told_away = BTreeSet::new();
+    let mut check = CopyCheck { store, replicated, options, report, told_away, has_lacking_logs: false };
     check.run()?;
-    let refilled = refills.iter().filter(|refill| refill.finish(store, replicated)).count();
+    // Who lacks records must decide over no log: another target may have them.
+    let is_full = refills.is_empty() || (!check.has_lacking_logs && check.all_staying_are_there());
+    let refilled = refills.iter().filter(|refill| is_full && refill.finish(store, replicated)).count();
     if refilled > 0 {
         // What was written before others knew of the target again.
         check.run()?;
+    }
+    if !is_full {
+        refills.iter().for_each(|refill| check.tell_not_full(refill.id()));
     }
     check.tell_away();
     Ok(())
@@ -62,6 +69,8 @@ struct CopyCheck<'a> {
     options: CheckOptions,
     report: &'a mut CheckReport,
     told_away: BTreeSet<String>,
+    /// Whether a record of a log is not where it should be.
+    has_lacking_logs: bool,
 }
 
 type Verify<'a> = &'a mut dyn FnMut(&[u8]) -> Result<()>;
@@ -78,6 +87,21 @@ impl CopyCheck<'_> {
         }
         self.check_home(&self.store.common_home().clone())?;
         self.check_popular()
+    }
+
+    /// Whether all targets that are not being removed were there all the time.
+    fn all_staying_are_there(&self) -> bool {
+        let layout = self.replicated.layout();
+        let mut staying = layout.targets.iter().filter(|(_, leaving)| !leaving);
+        staying.all(|(target, _)| target.is_there() && !self.told_away.contains(target.name()))
+    }
+
+    fn tell_not_full(&mut self, id: TargetId) {
+        let layout = self.replicated.layout();
+        let Some((target, _)) = layout.targets.iter().find(|(target, _)| target.id() == id) else { return };
+        let what = "the target was empty, and is not full yet: repair again when all others are there";
+        self.report.targets_away.push(target.name().to_owned());
+        self.report.add_one("", target.name().to_owned(), what.to_owned(), Severity::Copy);
     }
 
     fn tell_away(&mut self) {
@@ -99,11 +123,11 @@ impl CopyCheck<'_> {
             true => Ok(()),
             false => Err(corrupt("is of another store")),
         };
-        self.check_small("", &Key::new(FILE_NAME), &homes, WHOLE_BYTES_MAX, &mut verify);
+        self.check_small("", &Key::new(FILE_NAME), &homes, WHOLE_BYTES_MAX, &mut verify, &|| true);
         for number in record_numbers(self.replicated)? {
             let key = record_key(number);
             let mut verify = |bytes: &[u8]| open_record(&key, &config, bytes).map(drop);
-            self.check_small("", &key, &homes, WHOLE_BYTES_MAX, &mut verify);
+            self.check_small("", &key, &homes, WHOLE_BYTES_MAX, &mut verify, &|| true);
         }
         Ok(())
     }
@@ -116,15 +140,13 @@ impl CopyCheck<'_> {
     fn check_home(&mut self, vm: &Arc<Vm>) -> Result<()> {
         let prefix = log_prefix(vm.name());
         let homes = self.replicated.places(&prefix).homes;
-        let rows = self.replicated.list(&prefix)?;
-        if rows.is_empty() {
+        let entries = entries_of(self.replicated, &prefix)?;
+        if entries.is_empty() {
             return Ok(());
         }
         let Some(incarnation) = incarnation_by_copies(vm.name(), self.replicated)? else {
             return Err(corrupt(format!("{prefix}: no copy of any record can be read")));
         };
-        let entries: Vec<(LogEntry, String)> =
-            rows.into_iter().filter_map(|row| Some((parse_log_name(&row.name)?, row.name))).collect();
         let oldest = oldest_needed(&entries);
         for (entry, file) in entries {
             let key = Key::new(format!("{prefix}/{file}"));
@@ -138,7 +160,9 @@ impl CopyCheck<'_> {
                 continue;
             }
             let mut verify = |bytes: &[u8]| verify_entry(entry, incarnation, bytes);
-            self.check_small(vm.name(), &key, &homes, LOG_RECORD_BYTES_MAX, &mut verify);
+            let is_needed =
+                || !entries_of(self.replicated, &prefix).is_ok_and(|now| is_obsolete(entry, oldest_needed(&now)));
+            self.check_small(vm.name(), &key, &homes, LOG_RECORD_BYTES_MAX, &mut verify, &is_needed);
         }
         let state = vm.refresh()?;
         for id in vm.hold_ids()? {
@@ -147,7 +171,8 @@ impl CopyCheck<'_> {
                 hold if (hold.incarnation, hold.id) == (incarnation, id) => Ok(()),
                 hold => Err(corrupt(format!("is another hold, {}", hold.id))),
             };
-            self.check_small(vm.name(), &key, &homes, HOLD_BYTES_MAX, &mut verify);
+            let is_needed = || !vm.hold_ids().is_ok_and(|now| !now.contains(&id));
+            self.check_small(vm.name(), &key, &homes, HOLD_BYTES_MAX, &mut verify, &is_needed);
         }
         self.check_roots(vm, &state, &homes);
         self.check_packs(vm, &state);
@@ -157,10 +182,11 @@ impl CopyCheck<'_> {
     fn check_roots(&mut self, vm: &Vm, state: &VmState, homes: &[Target]) {
         let mut roots: BTreeSet<_> = state.files.values().map(|file| file.root).collect();
         roots.extend(state.condemned.keys());
-        for id in roots.into_iter().filter(|id| !state.dropping.contains(&Dead::Root { id: *id })) {
+        for id in roots.into_iter().filter(|id| needs_root(state, *id)) {
             let key = root_key(vm.name(), id);
             let mut verify = |bytes: &[u8]| open_root(bytes, state.incarnation, id).map(drop);
-            self.check_small(vm.name(), &key, homes, ROOT_PAGE_BYTES_MAX, &mut verify);
+            let is_needed = || !vm.refresh().is_ok_and(|now| !needs_root(&now, id));
+            self.check_small(vm.name(), &key, homes, ROOT_PAGE_BYTES_MAX, &mut verify, &is_needed);
         }
     }
 
@@ -168,7 +194,7 @@ impl CopyCheck<'_> {
         let mut seen = BTreeSet::new();
         for entry in state.packs.values().filter(|entry| seen.insert(entry.object)) {
             let place = object_place(vm.name(), state.incarnation, entry);
-            self.check_pack(vm.name(), &place);
+            self.check_pack(vm, &place);
         }
     }
 
@@ -180,8 +206,12 @@ impl CopyCheck<'_> {
         }
     }
 
-    fn check_pack(&mut self, vm: &str, place: &ObjectPlace) {
+    fn check_pack(&mut self, vm: &Vm, place: &ObjectPlace) {
         let found = find(self.replicated, place, self.depth());
+        // Collection may have moved what is in it meanwhile.
+        if !found.bad.is_empty() && vm.refresh().is_ok_and(|now| !now.objects().contains_key(&place.object)) {
+            return;
+        }
         self.report.copies += (found.whole.len() + found.bad.len()) as u64;
         self.told_away.extend(found.away.iter().map(|target| target.name().to_owned()));
         if found.bad.is_empty() {
@@ -198,13 +228,22 @@ impl CopyCheck<'_> {
             0
         });
         for (target, why) in &found.bad {
-            self.tell(vm, &place.key, target, why, healed >= bad);
+            self.tell(vm.name(), &place.key, target, why, healed >= bad);
         }
         self.count(bad, healed.min(bad));
     }
 
-    /// Checks the copies of an object that is read as a whole.
-    fn check_small(&mut self, vm: &str, key: &Key, homes: &[Target], bytes_max: u64, verify: Verify<'_>) {
+    /// Checks the copies of an object that is read as a whole. One that is not right is told of if, looked at again, the
+    /// object `is_needed`: others may be deleting it.
+    fn check_small(
+        &mut self,
+        vm: &str,
+        key: &Key,
+        homes: &[Target],
+        bytes_max: u64,
+        verify: Verify<'_>,
+        is_needed: &dyn Fn() -> bool,
+    ) {
         let mut good: Option<Vec<u8>> = None;
         let mut bad: Vec<(&Target, Error)> = Vec::new();
         for target in homes {
@@ -224,10 +263,25 @@ impl CopyCheck<'_> {
             }
             self.report.copies += 1;
         }
+        if bad.is_empty() || !is_needed() {
+            return;
+        }
         // While objects move it may be where it was before. Without a good one the rest of the check tells of it; without
         // any it was deleted meanwhile.
-        let good = good.or_else(|| self.replicated.read_all_checked(key, bytes_max, verify).ok());
-        let Some(bytes) = good else { return };
+        let good = good.map_or_else(|| self.replicated.read_all_checked(key, bytes_max, verify), Ok);
+        let bytes = match good {
+            Ok(bytes) => bytes,
+            Err(e) => {
+                if e.kind() == ErrorKind::Unavailable {
+                    // The one that has it does not answer.
+                    log::warn!("{e}");
+                    self.has_lacking_logs |= key.as_str().contains("/log/");
+                    bad.iter().for_each(|(target, why)| self.tell(vm, key, target, why, false));
+                    self.count(bad.len() as u64, 0);
+                }
+                return;
+            }
+        };
         for (target, why) in bad {
             let is_repaired = self.options.repair
                 && match self.replicated.replace(target, key, &bytes) {
@@ -237,6 +291,7 @@ impl CopyCheck<'_> {
                         false
                     }
                 };
+            self.has_lacking_logs |= !is_repaired && key.as_str().contains("/log/");
             self.tell(vm, key, target, &why, is_repaired);
             self.count(1, u64::from(is_repaired));
         }
@@ -282,6 +337,16 @@ impl CopyCheck<'_> {
         }
         Ok(())
     }
+}
+
+fn entries_of(replicated: &Replicated, log: &Key) -> Result<Vec<(LogEntry, String)>> {
+    let rows = replicated.list(log)?;
+    Ok(rows.into_iter().filter_map(|row| Some((parse_log_name(&row.name)?, row.name))).collect())
+}
+
+fn needs_root(state: &VmState, id: RootId) -> bool {
+    let is_there = state.condemned.contains_key(&id) || state.files.values().any(|file| file.root == id);
+    is_there && !state.dropping.contains(&Dead::Root { id })
 }
 
 /// The checkpoint from which on the log is needed: the last but one.

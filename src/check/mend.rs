@@ -8,13 +8,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use crate::backend::target::Target;
 use crate::catalog::record::{Op, PackEntry};
 use crate::catalog::roots::read_root;
 use crate::catalog::vm::{COMMON_HOME, Vm, object_place, pack_key, title};
 use crate::check::faults::Severity;
 use crate::check::live::{LiveImage, Search};
 use crate::check::store::CheckReport;
-use crate::error::{ErrorKind, Result, busy, corrupt};
+use crate::error::{Error, ErrorKind, Result, busy, corrupt};
 use crate::limits::{HEAL_BLOCKS_MAX, HEAL_GRIDS_MAX};
 use crate::pack::copies::{Depth, find};
 use crate::pack::mend::{Mended, Wounds, examine, mend, renew};
@@ -147,6 +148,13 @@ fn mend_one(store: &Store, one: &Wounded, search: &Search<'_>) -> Result<Mended>
 /// Puts what can be healed into the next generation of an object; the frames that were, none if the object is not needed.
 fn renew_one(store: &Store, one: &Wounded, search: &Search<'_>) -> Result<u64> {
     let backend = &**store.backend();
+    if let Some(replicated) = backend.replicated() {
+        // It may have whole what stays damaged, and its copy would go as well.
+        let is_away = |target: &&Target| !target.is_there() || target.trouble().is_some();
+        if let Some(away) = replicated.places(&one.place.key).all().find(is_away) {
+            return Err(Error::new(ErrorKind::Unavailable, format!("target {} is away", away.name())));
+        }
+    }
     let session = Session::begin_without_index(store, &one.vm)?;
     let state = one.vm.state();
     let packs = state.packs.values().filter(|entry| entry.object == one.place.object).map(|entry| entry.number);

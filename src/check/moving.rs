@@ -197,7 +197,7 @@ pub fn remove_target(store: &Store, path: &Path, is_lost: bool) -> Result<MoveRe
     };
     publish(store, change, is_lost)?;
     drop(locks);
-    settle(store)
+    settle_with(store, is_lost)
 }
 
 /// Changes how many targets hold an object.
@@ -268,37 +268,44 @@ fn publish(store: &Store, change: impl Fn(&mut ConfigRecord) -> Result<()>, is_l
 /// Puts everything where it belongs, and ends the move when all is there.
 ///
 /// # Errors
-/// `Unavailable` when something could not be put where it belongs; nothing is deleted then.
+/// `Unavailable` when something could not be put where it belongs, or a target is away that is removed and was not called
+/// lost; nothing is deleted then. `Corrupt` when a log is damaged: what it would name may be where it is.
 pub fn settle(store: &Store) -> Result<MoveReport> {
+    settle_with(store, false)
+}
+
+/// With `is_lost` nothing more is expected of targets that are being removed and are away.
+fn settle_with(store: &Store, is_lost: bool) -> Result<MoveReport> {
     let replicated = replicated(store)?;
-    replicated.reload_now()?;
     let mut report = MoveReport::default();
-    if replicated.layout().is_moving {
+    loop {
+        let (_, begun) = config::newest_record(replicated, store.config())?;
+        replicated.reload_now()?;
+        if !replicated.layout().is_moving {
+            break;
+        }
         // The second time for what was written meanwhile by who did not know yet.
         for _ in 0..2 {
-            let mut found = CheckReport::default();
-            let options = CheckOptions { read_data: false, sample_percent: None, repair: true };
-            check_copies(store, replicated, options, &mut found)?;
-            report.copied += found.copies_repaired;
-            let layout = replicated.layout();
-            let is_lost = |name: &String| layout.targets.iter().any(|(t, leaving)| *leaving && t.name() == name);
-            let stays_away = found.targets_away.iter().find(|name| !is_lost(name));
-            // What only a lost target had is nowhere.
-            let has_lost = layout.targets.iter().any(|(target, leaving)| *leaving && !target.is_there());
-            let hopeless = if has_lost { found.copies_hopeless } else { 0 };
-            let left = (found.copies_bad - found.copies_repaired).saturating_sub(hopeless);
-            if left > 0 || stays_away.is_some() || found.damaged > 0 {
-                let what = format!("{left} copies could not be put where they belong, see check; then settle goes on");
-                return Err(Error::new(ErrorKind::Unavailable, what));
-            }
+            report.copied += put_where_it_belongs(store, replicated, is_lost)?;
         }
         let gone: Vec<_> = replicated.layout().targets.iter().filter(|(_, leaving)| *leaving).cloned().collect();
         let change = |record: &mut ConfigRecord| {
+            // Whoever changed the targets meanwhile has moved nothing yet: that is not to be ended here.
+            if *record != begun {
+                return Err(busy("another process changes the targets"));
+            }
             record.targets.retain(|row| !row.leaving);
             record.moving = false;
             Ok(())
         };
-        publish(store, change, true)?;
+        match publish(store, change, true) {
+            Ok(()) => {}
+            Err(e) if e.kind() == ErrorKind::Busy => {
+                log::info!("{e}: once more");
+                continue;
+            }
+            Err(e) => return Err(e),
+        }
         for (target, _) in gone {
             // Nobody takes it for a target any more; its objects are left to whoever owns the disk.
             if let Err(e) = target.delete(&Key::new(TARGET_FILE)) {
@@ -308,6 +315,45 @@ pub fn settle(store: &Store) -> Result<MoveReport> {
     }
     report.deleted = delete_misplaced(replicated)?;
     Ok(report)
+}
+
+/// Puts back what a repair would, and makes sure that nothing is left; how many copies were made.
+fn put_where_it_belongs(store: &Store, replicated: &Replicated, is_lost: bool) -> Result<u64> {
+    let mut found = CheckReport::default();
+    let options = CheckOptions { read_data: false, sample_percent: None, repair: true };
+    check_copies(store, replicated, options, &mut found)?;
+    let layout = replicated.layout();
+    let is_given_up = |name: &str| is_lost && layout.targets.iter().any(|(t, leaving)| *leaving && t.name() == name);
+    if let Some(away) = found.targets_away.iter().find(|name| !is_given_up(name)) {
+        let leaving = layout.targets.iter().any(|(t, leaving)| *leaving && t.name() == away);
+        let else_lost = if leaving { "; when it never comes back, remove it with --lost" } else { "" };
+        let what = format!("target {away} is away: bring it back, then settle goes on{else_lost}");
+        return Err(Error::new(ErrorKind::Unavailable, what));
+    }
+    // What only a lost target had is nowhere.
+    let has_lost = is_lost && layout.targets.iter().any(|(target, leaving)| *leaving && !target.is_there());
+    let hopeless = if has_lost { found.copies_hopeless } else { 0 };
+    let left = (found.copies_bad - found.copies_repaired).saturating_sub(hopeless);
+    if left > 0 || found.damaged > 0 {
+        let what = format!("{left} copies could not be put where they belong, see check; then settle goes on");
+        return Err(Error::new(ErrorKind::Unavailable, what));
+    }
+    if !has_lost {
+        logs_must_be_whole(store)?;
+    }
+    Ok(found.copies_repaired)
+}
+
+/// What a log names behind its damage was not moved.
+fn logs_must_be_whole(store: &Store) -> Result<()> {
+    let names = store.vm_names()?;
+    let vms = names.iter().map(|name| store.vm_handle(name)).chain([store.common_home().clone()]);
+    for vm in vms {
+        if let Some(damage) = vm.damage() {
+            return Err(damage.duplicate().within("nothing more is moved"));
+        }
+    }
+    Ok(())
 }
 
 /// Deletes what lies on targets where nobody looks for it any more.

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crate::backend::Key;
+use crate::backend::replicate::Replicated;
 use crate::catalog::record::{Dead, PackEntry, Record, open_checkpoint};
 use crate::catalog::roots::parse_root_name;
 use crate::catalog::state::VmState;
@@ -72,7 +73,8 @@ pub fn check_vm(
     let (findings, dropped) = faults.into_findings(vm.name());
     report.add(findings, dropped);
     // What is on a target that is away is not lost.
-    if options.repair && whole && report.targets_away.is_empty() {
+    let is_seen = vm.backend().replicated().is_none_or(Replicated::is_whole);
+    if options.repair && whole && is_seen && report.targets_away.is_empty() {
         match mark(&vm, &state, &lost, options.read_data) {
             Ok((marked, unmarked)) => {
                 report.snapshots_marked += marked;

@@ -8,6 +8,7 @@
 use roaring::RoaringTreemap;
 
 use crate::backend::Key;
+use crate::backend::replicate::Replicated;
 use crate::catalog::record::{Dead, Op};
 use crate::catalog::state::VmState;
 use crate::catalog::vm::{COMMON_HOME, Vm, home_folder, pack_key, title};
@@ -15,7 +16,7 @@ use crate::collect::gc::{Collector, GcOptions, GcReport, Left, Progress, objects
 use crate::collect::live::{common_slots, slot_range};
 use crate::collect::pace::Pace;
 use crate::collect::plan::Plan;
-use crate::error::{ErrorKind, Result, corrupt};
+use crate::error::{Error, ErrorKind, Result, corrupt};
 use crate::limits::CONDEMNED_SLOTS_MAX;
 use crate::pack::Content;
 use crate::pack::frame::FrameRow;
@@ -153,7 +154,9 @@ fn elected(store: &Store, state: &VmState) -> Result<RoaringTreemap> {
 /// What any VM refers to.
 fn live(store: &Store) -> Result<RoaringTreemap> {
     let mut live = RoaringTreemap::new();
-    for name in store.vm_names()? {
+    let names = store.vm_names()?;
+    must_see_all(store)?;
+    for name in names {
         let vm = store.vm_handle(&name);
         let mut tries = 0;
         loop {
@@ -174,7 +177,19 @@ fn live(store: &Store) -> Result<RoaringTreemap> {
             }
         }
     }
+    // Nor may one have gone meanwhile, of which an older copy was read.
+    must_see_all(store)?;
     Ok(live)
+}
+
+/// A VM, or what it committed last, may be known to targets alone that are away: then nobody knows what is live.
+fn must_see_all(store: &Store) -> Result<()> {
+    let away = store.backend().replicated().map(Replicated::away_with_what_counts).unwrap_or_default();
+    if away.is_empty() {
+        return Ok(());
+    }
+    let what = format!("common packs: nothing is collected, what VMs need may be known only to {}", away.join(", "));
+    Err(Error::new(ErrorKind::Unavailable, format!("{what}, which are away")))
 }
 
 fn of_vm(store: &Store, vm: &std::sync::Arc<Vm>) -> Result<RoaringTreemap> {
@@ -207,7 +222,9 @@ fn of_vm(store: &Store, vm: &std::sync::Arc<Vm>) -> Result<RoaringTreemap> {
 /// Makes sure that no writer is at work that began before this epoch; who is, is named.
 fn end_writers(store: &Store, epoch: u64) -> Result<Vec<String>> {
     let mut busy = Vec::new();
-    for name in store.vm_names()? {
+    let names = store.vm_names()?;
+    must_see_all(store)?;
+    for name in names {
         let vm = store.vm_handle(&name);
         let state = match vm.refresh() {
             Ok(state) => state,

@@ -363,6 +363,11 @@ impl Refill {
         Ok(refills)
     }
 
+    /// The target.
+    pub fn id(&self) -> TargetId {
+        self.id
+    }
+
     fn take_up(row: &TargetRow, store: &str) -> Result<Self> {
         let path = Path::new(&row.path);
         let id = TargetId(row.id);

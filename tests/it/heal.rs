@@ -287,7 +287,7 @@ fn all_copies_heal_when_none_is_whole() {
 }
 
 /// Words by chance: what zstd compresses to other bytes at another level.
-fn words(seed: u64, bytes: usize) -> Vec<u8> {
+pub fn words(seed: u64, bytes: usize) -> Vec<u8> {
     let mut text = Vec::with_capacity(bytes + 16);
     for chance in noise(seed, bytes).chunks(2) {
         text.extend_from_slice(format!("word{} ", u16::from_le_bytes([chance[0], chance[1]]) % 700).as_bytes());
@@ -300,7 +300,7 @@ fn words(seed: u64, bytes: usize) -> Vec<u8> {
 }
 
 /// As if another version of zstd had written the data packs of a home: the same blocks, in frames of other bytes.
-fn compress_otherwise(store: &Store, vm: &Arc<Vm>) {
+pub fn compress_otherwise(store: &Store, vm: &Arc<Vm>) {
     let session = Session::begin_without_index(store, vm).unwrap();
     let backend = &**store.backend();
     let (mut packs, mut dead) = (Vec::new(), Vec::new());
@@ -344,7 +344,7 @@ fn compress_otherwise(store: &Store, vm: &Arc<Vm>) {
 }
 
 /// Damages every frame of the data packs of a home.
-fn damage_frames(memory: &Memory, home: &str) -> u64 {
+pub fn damage_frames(memory: &Memory, home: &str) -> u64 {
     let mut frames = 0;
     for (key, (index, _)) in packs(memory, Content::Data).iter().filter(|(key, _)| key.starts_with(home)) {
         frames += in_frames(index).len() as u64;

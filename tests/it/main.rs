@@ -8,6 +8,7 @@
 )]
 
 mod attach;
+mod away;
 mod backend_suite;
 mod batch;
 mod cli;

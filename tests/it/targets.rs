@@ -59,35 +59,35 @@ pub fn replicated(backends: Vec<Arc<dyn Backend>>, copies: Copies) -> Replicated
 }
 
 /// A store in memory over some targets, the home first.
-struct Scene {
-    memories: Vec<Memory>,
-    clock: Arc<ManualClock>,
+pub struct Scene {
+    pub memories: Vec<Memory>,
+    pub clock: Arc<ManualClock>,
     copies: Copies,
 }
 
 impl Scene {
-    fn new(targets: usize, copies: Copies) -> Self {
+    pub fn new(targets: usize, copies: Copies) -> Self {
         let scene = Self { memories: (0..=targets).map(|_| Memory::new()).collect(), clock: clock(), copies };
         write_new(&scene.backend(), &*scene.clock).unwrap();
         scene
     }
 
     /// Two targets, both with all objects.
-    fn two(quorum: usize) -> Self {
+    pub fn two(quorum: usize) -> Self {
         Self::new(2, Copies { vm: 2, common: 2, quorum })
     }
 
-    fn fork(&self) -> Self {
+    pub fn fork(&self) -> Self {
         let memories = self.memories.iter().map(Memory::fork).collect();
         Self { memories, clock: self.clock.clone(), copies: self.copies }
     }
 
-    fn backend(&self) -> Replicated {
+    pub fn backend(&self) -> Replicated {
         self.backend_with(|_, memory| Ok(Arc::new(memory)), None)
     }
 
     /// With another backend in the place of some.
-    fn backend_with(
+    pub fn backend_with(
         &self,
         wrap: impl Fn(usize, Memory) -> Result<Arc<dyn Backend>> + Clone + Send + Sync + 'static,
         impatient: Option<usize>,
@@ -102,12 +102,12 @@ impl Scene {
         Replicated::new(layout(targets.collect(), self.copies), None)
     }
 
-    fn store(&self) -> Store {
+    pub fn store(&self) -> Store {
         open(Arc::new(self.backend()), &self.clock).unwrap()
     }
 
     /// As if these targets were not there.
-    fn without(&self, away: &'static [usize]) -> Result<Store> {
+    pub fn without(&self, away: &'static [usize]) -> Result<Store> {
         let wrap = move |number, memory| match away.contains(&number) {
             true => Err(Error::new(ErrorKind::NotFound, "not mounted")),
             false => Ok(Arc::new(memory) as Arc<dyn Backend>),
@@ -116,22 +116,22 @@ impl Scene {
     }
 
     /// The number of the target that decides over a VM.
-    fn arbiter(&self, vm: &str) -> usize {
+    pub fn arbiter(&self, vm: &str) -> usize {
         usize::from(self.backend().places(&Key::new(format!("vms/{vm}/log"))).homes[0].id().0[0])
     }
 
-    fn check(&self, options: CheckOptions) -> CheckReport {
+    pub fn check(&self, options: CheckOptions) -> CheckReport {
         check_store(&self.store(), options, &mut |_| {}).unwrap()
     }
 
     /// The objects of VMs on a target; a checkpoint may be anywhere.
-    fn objects(&self, number: usize) -> BTreeMap<String, Arc<Vec<u8>>> {
+    pub fn objects(&self, number: usize) -> BTreeMap<String, Arc<Vec<u8>>> {
         let mut objects = self.memories[number].objects();
         objects.retain(|key, _| key.starts_with("vms/"));
         objects
     }
 
-    fn assert_equal_copies(&self, what: &str) {
+    pub fn assert_equal_copies(&self, what: &str) {
         let (one, two) = (self.objects(1), self.objects(2));
         let keys = |objects: &BTreeMap<String, Arc<Vec<u8>>>| objects.keys().cloned().collect::<Vec<_>>();
         assert_eq!(keys(&one), keys(&two), "{what}");
@@ -507,29 +507,33 @@ fn vms_lie_together_and_a_lost_target_touches_only_its_own() {
 }
 
 /// Folders on the disk.
-struct Folders {
+pub struct Folders {
     root: tempfile::TempDir,
-    clock: Arc<dyn Clock>,
+    pub clock: Arc<dyn Clock>,
 }
 
 impl Folders {
-    fn new(targets: &[&str], vm: u16) -> Self {
+    pub fn new(targets: &[&str], vm: u16) -> Self {
+        Self::with_quorum(targets, vm, None)
+    }
+
+    pub fn with_quorum(targets: &[&str], vm: u16, quorum: Option<u16>) -> Self {
         let folders = Self { root: tempfile::tempdir().unwrap(), clock: Arc::new(SystemClock::new()) };
         let paths = targets.iter().map(|name| folders.path(name)).collect();
-        let new = NewTargets { paths, vm_replicas: Some(vm), common_replicas: Some(vm), quorum: None };
+        let new = NewTargets { paths, vm_replicas: Some(vm), common_replicas: Some(vm), quorum };
         Store::init_with(&folders.path("store"), &new, &*folders.clock).unwrap();
         folders
     }
 
-    fn path(&self, name: &str) -> std::path::PathBuf {
+    pub fn path(&self, name: &str) -> std::path::PathBuf {
         self.root.path().join(name)
     }
 
-    fn store(&self) -> Store {
+    pub fn store(&self) -> Store {
         Store::open(&self.path("store"), self.clock.clone(), MemoryShares::default()).unwrap()
     }
 
-    fn files(&self, target: &str) -> Vec<String> {
+    pub fn files(&self, target: &str) -> Vec<String> {
         let mut found = Vec::new();
         let mut folders = vec![self.path(target).join("vms")];
         while let Some(folder) = folders.pop() {
@@ -547,7 +551,7 @@ impl Folders {
     }
 }
 
-fn empty(folder: &Path) {
+pub fn empty(folder: &Path) {
     for row in std::fs::read_dir(folder).unwrap().map(|row| row.unwrap().path()) {
         if row.is_dir() { std::fs::remove_dir_all(row).unwrap() } else { std::fs::remove_file(row).unwrap() }
     }

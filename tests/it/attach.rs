@@ -470,7 +470,11 @@ fn many_writers_at_a_time_get_a_clone_each() {
 fn killed(place: &Place, words: &[&str], at: &str, is_after: bool) {
     let real = place.shell("command -v losetup").ok().text();
     let real = real.trim();
-    let body = if is_after { format!("{real} \"$@\"; kill -9 $PPID") } else { "kill -9 $PPID; exit 1".to_owned() };
+    let body = match is_after {
+        // When somebody else was faster with the free device, it is not done yet: the program tries another one.
+        true => format!("{real} \"$@\" || exit $?; kill -9 $PPID"),
+        false => "kill -9 $PPID; exit 1".to_owned(),
+    };
     let script = format!("#!/bin/sh\ncase $* in *{at}*) {body} ;; *) exec {real} \"$@\" ;; esac\n");
     let _ = std::fs::create_dir(place.path("bin"));
     place.write("bin/losetup", script.as_bytes());

@@ -24,6 +24,8 @@
     reason = "a bench prints and measures"
 )]
 
+mod shared;
+
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -50,6 +52,8 @@ use snapfs::ingest::source::Source;
 use snapfs::name::{SnapshotName, VmName};
 use snapfs::store::session::PopularView;
 use snapfs::store::{MemoryShares, Store};
+
+use shared::{mix, status};
 
 const SNAPSHOTS: u64 = 10;
 const BLOCK: usize = 4096;
@@ -118,12 +122,6 @@ fn open(folder: &Path) -> (Arc<Counting>, Store) {
     let shares = MemoryShares::of(128 << 20).unwrap();
     let store = Store::with_backend(counting.clone(), None, Arc::new(SystemClock::new()), shares).unwrap();
     (counting, store)
-}
-
-fn mix(mut x: u64) -> u64 {
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
 }
 
 /// The content of each block of an image after so many days, as a number.
@@ -246,13 +244,6 @@ impl Memory {
         let heap = HEAP.peak_usage().saturating_sub(self.heap) as u64 / 1024;
         (status("VmHWM").saturating_sub(self.resident), heap)
     }
-}
-
-/// A line of `/proc/self/status`, in KiB.
-fn status(field: &str) -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with(field)).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
 /// What a scheme cost, and what it found.

@@ -10,6 +10,8 @@
     reason = "a bench prints and measures"
 )]
 
+mod shared;
+
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -21,17 +23,7 @@ use snapfs::store::sightings::OtherVms;
 use snapfs::store::{MemoryShares, Store};
 use snapfs::units::{Incarnation, RecordNumber, Serial, SlotId, VmGroup};
 
-fn mix(mut x: u64) -> u64 {
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
-}
-
-fn status(field: &str) -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with(field)).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
-}
+use shared::{mix, status};
 
 fn main() {
     let counts: Vec<u64> = std::env::args().filter_map(|word| word.parse().ok()).collect();

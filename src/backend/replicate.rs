@@ -94,7 +94,8 @@ fn is_config(key: &str) -> bool {
     key == "snapfs.toml" || key == "config" || key.starts_with("config/")
 }
 
-fn is_log(key: &str) -> bool {
+/// Whether a key is of a record or a checkpoint of a log.
+pub fn is_log(key: &str) -> bool {
     (key.starts_with("vms/") || key.starts_with("common/")) && key.contains("/log/")
 }
 
@@ -184,14 +185,13 @@ impl Replicated {
 
     /// Whether all targets are there.
     pub fn is_whole(&self) -> bool {
-        self.layout().targets.iter().all(|(target, _)| target.is_there() && target.trouble().is_none())
+        self.layout().targets.iter().all(|(target, _)| target.is_well())
     }
 
     /// The targets that are away, if they are so many that something that counts may be known to them alone; else none.
     pub fn away_with_what_counts(&self) -> Vec<String> {
         let layout = self.layout();
-        let is_away = |target: &Target| !target.is_there() || target.trouble().is_some();
-        let away = layout.targets.iter().map(|(target, _)| target).filter(|target| is_away(target));
+        let away = layout.targets.iter().map(|(target, _)| target).filter(|target| !target.is_well());
         let away: Vec<String> = away.map(|target| target.name().to_owned()).collect();
         let staying = layout.targets.iter().filter(|(_, leaving)| !leaving).count();
         // While objects move, they are on as many as an earlier record says.

@@ -100,6 +100,11 @@ impl Target {
         self.backend().is_ok()
     }
 
+    /// Whether it is there, and nothing is known to be wrong with it. Cost: as [`Target::is_there`].
+    pub fn is_well(&self) -> bool {
+        self.is_there() && self.trouble().is_none()
+    }
+
     /// The opened target.
     ///
     /// # Errors

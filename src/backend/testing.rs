@@ -421,11 +421,20 @@ impl Counts {
     }
 }
 
+/// What is done before a call of a backend; its error is the call's.
+pub type Hook = Box<dyn Fn(Operation, &Key) -> Result<()> + Send + Sync>;
+
 /// Counts the calls to another backend and keeps them in order, those that fail too.
-#[derive(Debug)]
 pub struct Recorder {
     inner: Arc<dyn Backend>,
     record: Arc<Mutex<Record>>,
+    hook: Hook,
+}
+
+impl std::fmt::Debug for Recorder {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.inner.fmt(out)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -446,7 +455,15 @@ impl Record {
 impl Recorder {
     /// Records the calls to `inner`.
     pub fn new(inner: Arc<dyn Backend>) -> Self {
-        Self { inner, record: Arc::default() }
+        Self::with_hook(inner, |_, _| Ok(()))
+    }
+
+    /// The same, with a hook before each call of `inner`; what is done to an upload is only recorded.
+    pub fn with_hook(
+        inner: Arc<dyn Backend>,
+        hook: impl Fn(Operation, &Key) -> Result<()> + Send + Sync + 'static,
+    ) -> Self {
+        Self { inner, record: Arc::default(), hook: Box::new(hook) }
     }
 
     /// Calls since the beginning or the last reset.
@@ -470,20 +487,21 @@ impl Recorder {
         *held(&self.record) = Record::default();
     }
 
-    fn add(&self, operation: Operation, key: &Key) {
+    fn call(&self, operation: Operation, key: &Key) -> Result<()> {
         held(&self.record).add(operation, key);
+        (self.hook)(operation, key)
     }
 }
 
 impl Backend for Recorder {
     fn create(&self, key: &Key) -> Result<Box<dyn Upload>> {
-        self.add(Operation::Create, key);
+        self.call(Operation::Create, key)?;
         let inner = self.inner.create(key)?;
         Ok(Box::new(RecordedUpload { inner, record: Arc::clone(&self.record), key: key.clone() }))
     }
 
     fn create_over(&self, key: &Key) -> Result<Box<dyn Upload>> {
-        self.add(Operation::Create, key);
+        self.call(Operation::Create, key)?;
         let inner = self.inner.create_over(key)?;
         Ok(Box::new(RecordedUpload { inner, record: Arc::clone(&self.record), key: key.clone() }))
     }
@@ -495,7 +513,7 @@ impl Backend for Recorder {
         out: &mut [u8],
         verify: &mut dyn FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
-        self.add(Operation::Read, key);
+        self.call(Operation::Read, key)?;
         self.inner.read_checked(key, offset, out, verify)
     }
 
@@ -505,7 +523,7 @@ impl Backend for Recorder {
         bytes_max: u64,
         verify: &mut dyn FnMut(&[u8]) -> Result<()>,
     ) -> Result<Vec<u8>> {
-        self.add(Operation::ReadAll, key);
+        self.call(Operation::ReadAll, key)?;
         self.inner.read_all_checked(key, bytes_max, verify)
     }
 
@@ -518,37 +536,37 @@ impl Backend for Recorder {
     }
 
     fn put_new(&self, key: &Key, bytes: &[u8]) -> Result<()> {
-        self.add(Operation::PutNew, key);
+        self.call(Operation::PutNew, key)?;
         self.inner.put_new(key, bytes)
     }
 
     fn read(&self, key: &Key, offset: u64, out: &mut [u8]) -> Result<()> {
-        self.add(Operation::Read, key);
+        self.call(Operation::Read, key)?;
         self.inner.read(key, offset, out)
     }
 
     fn read_all(&self, key: &Key, bytes_max: u64) -> Result<Vec<u8>> {
-        self.add(Operation::ReadAll, key);
+        self.call(Operation::ReadAll, key)?;
         self.inner.read_all(key, bytes_max)
     }
 
     fn len(&self, key: &Key) -> Result<u64> {
-        self.add(Operation::Len, key);
+        self.call(Operation::Len, key)?;
         self.inner.len(key)
     }
 
     fn ages(&self, keys: &[Key]) -> Result<Vec<Option<Duration>>> {
-        self.add(Operation::Ages, &first_of(keys));
+        self.call(Operation::Ages, &first_of(keys))?;
         self.inner.ages(keys)
     }
 
     fn list(&self, prefix: &Key) -> Result<Vec<Listed>> {
-        self.add(Operation::List, prefix);
+        self.call(Operation::List, prefix)?;
         self.inner.list(prefix)
     }
 
     fn delete(&self, key: &Key) -> Result<()> {
-        self.add(Operation::Delete, key);
+        self.call(Operation::Delete, key)?;
         self.inner.delete(key)
     }
 
@@ -557,17 +575,17 @@ impl Backend for Recorder {
     }
 
     fn pin(&self, key: &Key) -> Result<Box<dyn Guard>> {
-        self.add(Operation::Pin, key);
+        self.call(Operation::Pin, key)?;
         self.inner.pin(key)
     }
 
     fn is_pinned(&self, key: &Key) -> Result<bool> {
-        self.add(Operation::IsPinned, key);
+        self.call(Operation::IsPinned, key)?;
         self.inner.is_pinned(key)
     }
 
     fn try_lock(&self, key: &Key) -> Result<Option<Box<dyn Guard>>> {
-        self.add(Operation::TryLock, key);
+        self.call(Operation::TryLock, key)?;
         self.inner.try_lock(key)
     }
 

@@ -134,6 +134,11 @@ impl VmState {
         Self { incarnation, ..Self::default() }
     }
 
+    /// Whether a root page is of a file, or of one that was forgotten and not dropped yet.
+    pub fn knows_root(&self, root: RootId) -> bool {
+        self.condemned.contains_key(&root) || self.files.values().any(|file| file.root == root)
+    }
+
     /// Whether the VM is there.
     pub fn exists(&self) -> bool {
         self.attributes.is_some()

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::backend::placement::TargetId;
-use crate::backend::replicate::Replicated;
+use crate::backend::replicate::{Replicated, is_log};
 use crate::backend::target::Target;
 use crate::backend::{Backend, Key};
 use crate::catalog::hold::Hold;
@@ -275,7 +275,7 @@ impl CopyCheck<'_> {
                 if e.kind() == ErrorKind::Unavailable {
                     // The one that has it does not answer.
                     log::warn!("{e}");
-                    self.has_lacking_logs |= key.as_str().contains("/log/");
+                    self.has_lacking_logs |= is_log(key.as_str());
                     bad.iter().for_each(|(target, why)| self.tell(vm, key, target, why, false));
                     self.count(bad.len() as u64, 0);
                 }
@@ -291,7 +291,7 @@ impl CopyCheck<'_> {
                         false
                     }
                 };
-            self.has_lacking_logs |= !is_repaired && key.as_str().contains("/log/");
+            self.has_lacking_logs |= !is_repaired && is_log(key.as_str());
             self.tell(vm, key, target, &why, is_repaired);
             self.count(1, u64::from(is_repaired));
         }
@@ -345,8 +345,7 @@ fn entries_of(replicated: &Replicated, log: &Key) -> Result<Vec<(LogEntry, Strin
 }
 
 fn needs_root(state: &VmState, id: RootId) -> bool {
-    let is_there = state.condemned.contains_key(&id) || state.files.values().any(|file| file.root == id);
-    is_there && !state.dropping.contains(&Dead::Root { id })
+    state.knows_root(id) && !state.dropping.contains(&Dead::Root { id })
 }
 
 /// The checkpoint from which on the log is needed: the last but one.

@@ -8,7 +8,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use crate::backend::target::Target;
 use crate::catalog::record::{Op, PackEntry};
 use crate::catalog::roots::read_root;
 use crate::catalog::vm::{COMMON_HOME, Vm, object_place, pack_key, title};
@@ -150,8 +149,7 @@ fn renew_one(store: &Store, one: &Wounded, search: &Search<'_>) -> Result<u64> {
     let backend = &**store.backend();
     if let Some(replicated) = backend.replicated() {
         // It may have whole what stays damaged, and its copy would go as well.
-        let is_away = |target: &&Target| !target.is_there() || target.trouble().is_some();
-        if let Some(away) = replicated.places(&one.place.key).all().find(is_away) {
+        if let Some(away) = replicated.places(&one.place.key).all().find(|target| !target.is_well()) {
             return Err(Error::new(ErrorKind::Unavailable, format!("target {} is away", away.name())));
         }
     }

@@ -44,12 +44,6 @@ enum Change {
     GcGrace(u64),
 }
 
-#[derive(serde::Serialize)]
-struct Report {
-    min_age_seconds: u64,
-    gc_grace_seconds: u64,
-}
-
 impl Settings {
     /// Runs the command.
     ///
@@ -66,8 +60,7 @@ impl Settings {
             })?
         };
         if self.json {
-            let Values { min_age_seconds, gc_grace_seconds } = values;
-            output::json(&Report { min_age_seconds, gc_grace_seconds })?;
+            output::json(&values)?;
         } else {
             for (name, seconds) in [("min_age", values.min_age_seconds), ("gc_grace", values.gc_grace_seconds)] {
                 let words = in_words(Duration::from_secs(seconds));

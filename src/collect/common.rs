@@ -5,6 +5,8 @@
 //! them anew. A later run makes sure that every writer that began before has ended, counts again, and only then takes
 //! the bytes away. A VM that cannot be read stops all of it.
 
+use std::collections::BTreeMap;
+
 use roaring::RoaringTreemap;
 
 use crate::backend::Key;
@@ -255,14 +257,20 @@ struct Run<'a> {
 impl Run<'_> {
     fn collect(&self, report: &mut GcReport, progress: &mut dyn FnMut(Progress)) -> Result<()> {
         let home = self.session.vm();
-        let before: u64 = objects_there(home)?.values().sum();
-        let outcome = self.work(report, progress);
+        let there = objects_there(home)?;
+        let before: u64 = there.values().sum();
+        let outcome = self.work(there, report, progress);
         let after: u64 = objects_there(home)?.values().sum();
         report.bytes_reclaimed = before.saturating_sub(after);
         outcome
     }
 
-    fn work(&self, report: &mut GcReport, progress: &mut dyn FnMut(Progress)) -> Result<()> {
+    fn work(
+        &self,
+        there: BTreeMap<Dead, u64>,
+        report: &mut GcReport,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<()> {
         let home = self.session.vm().clone();
         let packs = self.store.packs(&home);
         let state = home.refresh()?;
@@ -273,7 +281,7 @@ impl Run<'_> {
             if report.waiting_for.is_empty() {
                 // Whatever refers to the condemned slots is in a log now.
                 let gone = &old - live(self.store)? - elected(self.store, &state)?;
-                self.delete(&state, &packs, &gone, report, progress)?;
+                self.delete(&state, &packs, &gone, there, report, progress)?;
                 self.delete_leaks(&state, leaks, report)?;
             }
         }
@@ -305,14 +313,15 @@ impl Run<'_> {
         state: &VmState,
         packs: &Packs,
         gone: &RoaringTreemap,
+        there: BTreeMap<Dead, u64>,
         report: &mut GcReport,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<()> {
-        let there = whole(state, present(packs, state)?);
-        let plan = Plan::of_known(packs, state, there - gone);
+        let present = whole(state, present(packs, state)?);
+        let plan = Plan::of_known(packs, state, present - gone);
         let pace = Pace::beside(self.store, COMMON_HOME)?;
         Collector::new(self.session, self.options, None, pace, report.clone(), progress)
-            .run_planned(state, plan, report)
+            .run_planned(state, plan, there, report)
     }
 
     /// Objects that the log does not know, of writers that joined before a record.

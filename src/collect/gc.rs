@@ -224,8 +224,8 @@ impl GcReport {
     fn tell(&mut self, vm: &Vm, plan: &Plan) {
         self.roots_pinned = plan.roots.pinned;
         self.roots_held = plan.roots.held.len() as u64;
-        self.roots_young = plan.roots.young.count;
-        let left = plan.roots.young.first_in;
+        self.roots_young = plan.roots.young.len() as u64;
+        let left = plan.roots.young.values().min().copied().unwrap_or_default();
         self.young_for_seconds = left.as_secs() + u64::from(left.subsec_nanos() > 0);
         self.bitmaps_wrong = plan.exactness.bitmaps_wrong;
         self.recipes_damaged = plan.exactness.recipes_damaged;
@@ -392,8 +392,15 @@ impl<'a> Collector<'a> {
     }
 
     /// Does what was planned for a home whose leaks and forgotten snapshots are not for us to judge.
-    pub(super) fn run_planned(mut self, state: &VmState, mut plan: Plan, report: &mut GcReport) -> Result<()> {
-        self.there = objects_there(&self.vm)?;
+    /// `there` is what [`objects_there`] told before.
+    pub(super) fn run_planned(
+        mut self,
+        state: &VmState,
+        mut plan: Plan,
+        there: BTreeMap<Dead, u64>,
+        report: &mut GcReport,
+    ) -> Result<()> {
+        self.there = there;
         let outcome = self.delete_dropped().and_then(|()| {
             self.report.tell(&self.vm, &plan);
             self.drop_dead(state, &plan)?;

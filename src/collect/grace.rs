@@ -22,22 +22,6 @@ pub struct Grace {
     ages: RefCell<Option<(RecordNumber, BTreeMap<RootId, Duration>)>>,
 }
 
-/// Root pages that are not collected yet.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Young {
-    /// How many.
-    pub count: u64,
-    /// When the first of them may go.
-    pub first_in: Duration,
-}
-
-impl Young {
-    pub(super) fn add(&mut self, left: Duration) {
-        self.first_in = if self.count == 0 { left } else { self.first_in.min(left) };
-        self.count += 1;
-    }
-}
-
 impl Grace {
     /// As it is set in the store. Cost: a listing and a read.
     ///

@@ -1,6 +1,7 @@
 //! G2: which slots of a VM are live. Everything here errs on the side of "live".
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::time::Duration;
 
 use roaring::RoaringTreemap;
 
@@ -8,7 +9,7 @@ use crate::catalog::hold::holds_prefix;
 use crate::catalog::roots::{read_root, root_key};
 use crate::catalog::state::VmState;
 use crate::catalog::vm::{Vm, title};
-use crate::collect::grace::{Grace, Young};
+use crate::collect::grace::Grace;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::tree::{read_group, read_recipe};
 use crate::pack::reader::Packs;
@@ -26,10 +27,8 @@ pub struct Roots {
     pub pinned: u64,
     /// Condemned ones that are live because a hold names them.
     pub held: BTreeSet<RootId>,
-    /// Condemned ones that are live only because it was not long ago.
-    pub young: Young,
-    /// Those.
-    pub young_roots: BTreeSet<RootId>,
+    /// Condemned ones that are live only because it was not long ago, and for how long yet.
+    pub young: BTreeMap<RootId, Duration>,
 }
 
 impl Roots {
@@ -56,8 +55,7 @@ impl Roots {
                 roots.pinned += 1;
             } else if let Some(left) = grace.left(vm, state, id, forgotten) {
                 roots.live.insert(id);
-                roots.young.add(left);
-                roots.young_roots.insert(id);
+                roots.young.insert(id, left);
             } else {
                 roots.dead.push(id);
             }
@@ -132,7 +130,7 @@ impl Walk<'_> {
             other => other,
         };
         let (vm, key) = (self.vm.name(), root_key(self.vm.name(), root));
-        let why = match (roots.held.contains(&root), roots.young_roots.contains(&root)) {
+        let why = match (roots.held.contains(&root), roots.young.contains_key(&root)) {
             (true, _) => format!(" (forgotten; {} names it)", holds_prefix(vm)),
             (_, true) => " (forgotten; within gc_grace)".to_owned(),
             _ => String::new(),

@@ -2,10 +2,9 @@
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
-use crate::backend::testing::{Fault, Faulty, Memory, Scope};
-use crate::backend::{Backend, Guard, Key, Listed, Upload};
+use crate::backend::Backend;
+use crate::backend::testing::{Fault, Faulty, Memory, Operation, Recorder, Scope};
 use crate::catalog::record::Op;
 use crate::catalog::roots::root_key;
 use crate::catalog::vm::pack_key;
@@ -13,7 +12,7 @@ use crate::collect::gc::{Bounds, GcOptions, GcReport, collect_some, collect_vm};
 use crate::collect::grace::Grace;
 use crate::collect::plan::Plan;
 use crate::collect::testing::{Bench, Model, block, open, read, vm};
-use crate::error::{ErrorKind, Result};
+use crate::error::ErrorKind;
 use crate::pack::Content;
 use crate::store::lock_key;
 
@@ -327,57 +326,6 @@ fn forwards_are_found_between_own_blocks_where_one_entry_of_eight_is_in_memory()
     bench.verify(&bench.memory);
 }
 
-/// Before an object is read the first time, something else happens.
-struct Meddled {
-    inner: Memory,
-    before: Key,
-    what: Mutex<Option<Box<dyn FnOnce() + Send>>>,
-}
-
-impl std::fmt::Debug for Meddled {
-    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.inner.fmt(out)
-    }
-}
-
-impl Backend for Meddled {
-    fn create(&self, key: &Key) -> Result<Box<dyn Upload>> {
-        self.inner.create(key)
-    }
-    fn read(&self, key: &Key, offset: u64, out: &mut [u8]) -> Result<()> {
-        if *key == self.before
-            && let Some(what) = self.what.lock().unwrap().take()
-        {
-            what();
-        }
-        self.inner.read(key, offset, out)
-    }
-    fn read_all(&self, key: &Key, bytes_max: u64) -> Result<Vec<u8>> {
-        self.inner.read_all(key, bytes_max)
-    }
-    fn len(&self, key: &Key) -> Result<u64> {
-        self.inner.len(key)
-    }
-    fn ages(&self, keys: &[Key]) -> Result<Vec<Option<Duration>>> {
-        self.inner.ages(keys)
-    }
-    fn list(&self, prefix: &Key) -> Result<Vec<Listed>> {
-        self.inner.list(prefix)
-    }
-    fn delete(&self, key: &Key) -> Result<()> {
-        self.inner.delete(key)
-    }
-    fn pin(&self, key: &Key) -> Result<Box<dyn Guard>> {
-        self.inner.pin(key)
-    }
-    fn is_pinned(&self, key: &Key) -> Result<bool> {
-        self.inner.is_pinned(key)
-    }
-    fn try_lock(&self, key: &Key) -> Result<Option<Box<dyn Guard>>> {
-        self.inner.try_lock(key)
-    }
-}
-
 #[test]
 fn what_another_collection_moves_meanwhile_is_not_called_damaged() {
     let mut bench = Bench::new();
@@ -392,7 +340,16 @@ fn what_another_collection_moves_meanwhile_is_not_called_damaged() {
         let report = collect_vm(&other, &vm("web01"), GcOptions::default(), &mut |_| {}).unwrap();
         assert_eq!(report.packs_compacted, 1, "{report:?}");
     };
-    let meddled = Meddled { inner: bench.memory.clone(), before, what: Mutex::new(Some(Box::new(what))) };
+    let what = Mutex::new(Some(what));
+    let meddled = Recorder::with_hook(Arc::new(bench.memory.clone()), move |operation, key| {
+        if operation == Operation::Read
+            && *key == before
+            && let Some(what) = what.lock().unwrap().take()
+        {
+            what();
+        }
+        Ok(())
+    });
     let options = GcOptions { exact: false, dry_run: true };
     let report = collect_vm(&open(Arc::new(meddled)), &vm("web01"), options, &mut |_| {}).unwrap();
     assert_eq!((report.damaged.len(), report.idle), (0, true), "{report:?}");

@@ -46,7 +46,7 @@ pub struct StoreConfig {
 }
 
 /// What can be set in a store, for all who use it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Settings {
     /// A sealed snapshot is not forgotten before the store has had it for so many seconds.
     pub min_age_seconds: u64,

@@ -458,10 +458,7 @@ impl Store {
 /// Whether the log of a VM does not know a root page any more.
 fn is_gone(vm: &Arc<Vm>, root: RootId) -> IsGone {
     let vm = vm.clone();
-    Box::new(move || {
-        let is_known = |now: &VmState| now.files.values().any(|f| f.root == root) || now.condemned.contains_key(&root);
-        vm.refresh().is_ok_and(|now| !is_known(&now)) && vm.damage().is_none()
-    })
+    Box::new(move || vm.refresh().is_ok_and(|now| !now.knows_root(root)) && vm.damage().is_none())
 }
 
 /// The name of a file of a VM.

@@ -3,12 +3,11 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
+use snapfs::backend::local::Local;
 use snapfs::backend::placement::Copies;
-use snapfs::backend::replicate::Replicated;
-use snapfs::backend::testing::Memory;
-use snapfs::backend::{Backend, Guard, Key, Listed, Upload};
+use snapfs::backend::testing::{Memory, Operation, Recorder};
+use snapfs::backend::{Backend, Key};
 use snapfs::check::moving::{Wanted, remove_target, set_replicas, settle};
 use snapfs::check::{CheckOptions, check_store, check_store_from};
 use snapfs::collect::common::collect_common;
@@ -29,95 +28,34 @@ const MIB: usize = 1 << 20;
 const CHECK: CheckOptions = CheckOptions { read_data: true, sample_percent: None, repair: false };
 const REPAIR: CheckOptions = CheckOptions { read_data: true, sample_percent: None, repair: true };
 
-type Hook = Box<dyn Fn(usize) -> Result<()> + Send + Sync>;
-
-/// Another backend, and a hook that is called with the number of each listing of one folder, before it.
-struct Hooked {
+/// A backend with a hook that is called with the number of each listing of one folder, before it.
+fn hooked(
     inner: Arc<dyn Backend>,
-    folder: String,
-    listed: AtomicUsize,
-    hook: Hook,
+    folder: &'static str,
+    hook: impl Fn(usize) -> Result<()> + Send + Sync + 'static,
+) -> Recorder {
+    let listed = AtomicUsize::new(0);
+    Recorder::with_hook(inner, move |operation, key| match operation == Operation::List && key.as_str() == folder {
+        true => hook(listed.fetch_add(1, Ordering::SeqCst)),
+        false => Ok(()),
+    })
 }
 
-impl std::fmt::Debug for Hooked {
-    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.inner.fmt(out)
-    }
+/// A store with a hook for listings of the VMs.
+fn open_hooked(folders: &Folders, hook: impl Fn(usize) -> Result<()> + Send + Sync + 'static) -> Store {
+    let home: Arc<dyn Backend> = Arc::new(Local::open(folders.path("store")).unwrap());
+    let config = config::read_file(&*home).unwrap();
+    let inner = open_replicated(&folders.path("store"), home, &config, &folders.clock).unwrap();
+    let hooked = hooked(Arc::new(inner), "vms", hook);
+    Store::with_backend(Arc::new(hooked), None, folders.clock.clone(), MemoryShares::default()).unwrap()
 }
 
-impl Hooked {
-    fn open(folders: &Folders, hook: Hook) -> Store {
-        let home: Arc<dyn Backend> = Arc::new(snapfs::backend::local::Local::open(folders.path("store")).unwrap());
-        let config = config::read_file(&*home).unwrap();
-        let inner = open_replicated(&folders.path("store"), home, &config, &folders.clock).unwrap();
-        let hooked = Self { inner: Arc::new(inner), folder: "vms".to_owned(), listed: AtomicUsize::new(0), hook };
-        Store::with_backend(Arc::new(hooked), None, folders.clock.clone(), MemoryShares::default()).unwrap()
-    }
-
-    /// One whose work ends at this listing of the VMs, as if it were killed.
-    fn cut_off(folders: &Folders, at: usize) -> Store {
-        let cut = move |listed| match listed == at {
-            true => Err(Error::new(ErrorKind::Unavailable, "cut off")),
-            false => Ok(()),
-        };
-        Self::open(folders, Box::new(cut))
-    }
-}
-
-impl Backend for Hooked {
-    fn create(&self, key: &Key) -> Result<Box<dyn Upload>> {
-        self.inner.create(key)
-    }
-    fn create_over(&self, key: &Key) -> Result<Box<dyn Upload>> {
-        self.inner.create_over(key)
-    }
-    fn put_new(&self, key: &Key, bytes: &[u8]) -> Result<()> {
-        self.inner.put_new(key, bytes)
-    }
-    fn read(&self, key: &Key, offset: u64, out: &mut [u8]) -> Result<()> {
-        self.inner.read(key, offset, out)
-    }
-    fn read_all(&self, key: &Key, bytes_max: u64) -> Result<Vec<u8>> {
-        self.inner.read_all(key, bytes_max)
-    }
-    fn read_all_checked(
-        &self,
-        key: &Key,
-        bytes_max: u64,
-        verify: &mut dyn FnMut(&[u8]) -> Result<()>,
-    ) -> Result<Vec<u8>> {
-        self.inner.read_all_checked(key, bytes_max, verify)
-    }
-    fn settle(&self, key: &Key, verify: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        self.inner.settle(key, verify)
-    }
-    fn replicated(&self) -> Option<&Replicated> {
-        self.inner.replicated()
-    }
-    fn len(&self, key: &Key) -> Result<u64> {
-        self.inner.len(key)
-    }
-    fn ages(&self, keys: &[Key]) -> Result<Vec<Option<Duration>>> {
-        self.inner.ages(keys)
-    }
-    fn list(&self, prefix: &Key) -> Result<Vec<Listed>> {
-        if prefix.as_str() == self.folder {
-            (self.hook)(self.listed.fetch_add(1, Ordering::SeqCst))?;
-        }
-        self.inner.list(prefix)
-    }
-    fn delete(&self, key: &Key) -> Result<()> {
-        self.inner.delete(key)
-    }
-    fn pin(&self, key: &Key) -> Result<Box<dyn Guard>> {
-        self.inner.pin(key)
-    }
-    fn is_pinned(&self, key: &Key) -> Result<bool> {
-        self.inner.is_pinned(key)
-    }
-    fn try_lock(&self, key: &Key) -> Result<Option<Box<dyn Guard>>> {
-        self.inner.try_lock(key)
-    }
+/// One whose work ends at this listing of the VMs, as if it were killed.
+fn cut_off(folders: &Folders, at: usize) -> Store {
+    open_hooked(folders, move |listed| match listed == at {
+        true => Err(Error::new(ErrorKind::Unavailable, "cut off")),
+        false => Ok(()),
+    })
 }
 
 /// A VM over which the target in this folder decides.
@@ -188,7 +126,7 @@ fn a_target_that_is_removed_and_goes_away_is_not_taken_for_lost() {
     let bytes = noise(1, 50_000);
     put(&folders.store(), &format!("{vm}/a.img"), &bytes).unwrap();
     // After all VMs were locked, and the record was put.
-    let error = remove_target(&Hooked::cut_off(&folders, 1), &folders.path("one"), false).unwrap_err();
+    let error = remove_target(&cut_off(&folders, 1), &folders.path("one"), false).unwrap_err();
     assert!(error.to_string().contains("cut off"), "{error}");
     rename(&folders, "one", "away");
     let error = settle(&folders.store()).unwrap_err();
@@ -210,7 +148,7 @@ fn a_removal_that_was_cut_off_goes_on_as_lost_when_it_is_called_lost() {
     let folders = Folders::new(&["one", "two", "three"], 2);
     let vm = vm_at(&folders, "one");
     put(&folders.store(), &format!("{vm}/a.img"), b"a").unwrap();
-    remove_target(&Hooked::cut_off(&folders, 1), &folders.path("one"), false).unwrap_err();
+    remove_target(&cut_off(&folders, 1), &folders.path("one"), false).unwrap_err();
     rename(&folders, "one", "away");
     settle(&folders.store()).unwrap_err();
     remove_target(&folders.store(), &folders.path("one"), true).unwrap();
@@ -226,7 +164,7 @@ fn who_settles_does_not_end_the_move_that_another_began_meanwhile() {
     let bytes = noise(1, 50_000);
     put(&folders.store(), &format!("{vm}/a.img"), &bytes).unwrap();
     // It has looked for what was to be moved when another, that knows of no move yet, begins to remove a target, and is cut off.
-    let other = Mutex::new(Some(Hooked::cut_off(&folders, 1)));
+    let other = Mutex::new(Some(cut_off(&folders, 1)));
     let one = folders.path("one");
     let hook = move |listed| {
         if listed == 4
@@ -236,7 +174,7 @@ fn who_settles_does_not_end_the_move_that_another_began_meanwhile() {
         }
         Ok(())
     };
-    let store = Hooked::open(&folders, Box::new(hook));
+    let store = open_hooked(&folders, hook);
     set_replicas(&store, Wanted { common: Some(2), ..Wanted::default() }).unwrap();
     settle(&folders.store()).unwrap();
     assert!(!folders.path("one").join("target.toml").exists(), "the removal came to its end");
@@ -308,9 +246,8 @@ fn a_copy_that_collection_deletes_during_a_check_is_no_bad_one() {
             None => Ok(()),
         });
         let wrap = move |number, memory: Memory| -> Result<Arc<dyn Backend>> {
-            let (inner, folder, hook) = (Arc::new(memory) as Arc<dyn Backend>, folder.to_owned(), hook.clone());
-            let hooked = Hooked { inner, folder, listed: AtomicUsize::new(0), hook: Box::new(move |at| hook(at)) };
-            Ok(if number == 1 { Arc::new(hooked) } else { hooked.inner })
+            let (inner, hook) = (Arc::new(memory), hook.clone());
+            Ok(if number == 1 { Arc::new(hooked(inner, folder, move |at| hook(at))) } else { inner })
         };
         let store = open(Arc::new(scene.backend_with(wrap, None)), &scene.clock).unwrap();
         let report = check_store(&store, CHECK, &mut |_| {}).unwrap();

@@ -10,8 +10,8 @@ use std::time::Duration;
 use snapfs::backend::placement::{Copies, TargetId};
 use snapfs::backend::replicate::{Layout, Replicated};
 use snapfs::backend::target::Target;
-use snapfs::backend::testing::{Fault, Faulty, Memory, Operation};
-use snapfs::backend::{Backend, Guard, Key, Listed, Upload};
+use snapfs::backend::testing::{Fault, Faulty, Memory, Operation, Recorder};
+use snapfs::backend::{Backend, Key};
 use snapfs::check::moving::{Wanted, add_target, remove_target, set_replicas, target_list};
 use snapfs::check::{CheckOptions, CheckReport, check_store};
 use snapfs::clock::{Clock, ManualClock, SystemClock, Timestamp};
@@ -164,7 +164,7 @@ fn a_fault_at_every_call_of_one_of_two_targets() {
                     let scene = base.fork();
                     let faulty = Arc::new(Faulty::new(Arc::new(scene.memories[victim].clone()), fault, at));
                     let wrapped = faulty.clone() as Arc<dyn Backend>;
-                    let wrap = move |number, memory| -> Result<Arc<dyn Backend>> {
+                    let wrap = move |number, memory: Memory| -> Result<Arc<dyn Backend>> {
                         Ok(if number == victim { wrapped.clone() } else { Arc::new(memory) })
                     };
                     let backend = Arc::new(scene.backend_with(wrap, None));
@@ -361,13 +361,7 @@ fn what_a_target_kept_while_it_was_away_is_no_bad_copy_elsewhere() {
     }
 }
 
-/// A medium that hangs in every call while it is told to.
-#[derive(Debug)]
-struct Hanging {
-    inner: Memory,
-    gate: Arc<Gate>,
-}
-
+/// In front of a medium that hangs in every call while it is told to.
 #[derive(Debug, Default)]
 struct Gate {
     is_closed: Mutex<bool>,
@@ -390,49 +384,6 @@ impl Gate {
     }
 }
 
-impl Hanging {
-    fn inner(&self) -> &Memory {
-        self.gate.pass();
-        &self.inner
-    }
-}
-
-impl Backend for Hanging {
-    fn create(&self, key: &Key) -> Result<Box<dyn Upload>> {
-        self.inner().create(key)
-    }
-    fn read(&self, key: &Key, offset: u64, out: &mut [u8]) -> Result<()> {
-        self.inner().read(key, offset, out)
-    }
-    fn read_all(&self, key: &Key, bytes_max: u64) -> Result<Vec<u8>> {
-        self.inner().read_all(key, bytes_max)
-    }
-    fn create_over(&self, key: &Key) -> Result<Box<dyn Upload>> {
-        self.inner().create_over(key)
-    }
-    fn len(&self, key: &Key) -> Result<u64> {
-        self.inner().len(key)
-    }
-    fn ages(&self, keys: &[Key]) -> Result<Vec<Option<Duration>>> {
-        self.inner().ages(keys)
-    }
-    fn list(&self, prefix: &Key) -> Result<Vec<Listed>> {
-        self.inner().list(prefix)
-    }
-    fn delete(&self, key: &Key) -> Result<()> {
-        self.inner().delete(key)
-    }
-    fn pin(&self, key: &Key) -> Result<Box<dyn Guard>> {
-        self.inner().pin(key)
-    }
-    fn is_pinned(&self, key: &Key) -> Result<bool> {
-        self.inner().is_pinned(key)
-    }
-    fn try_lock(&self, key: &Key) -> Result<Option<Box<dyn Guard>>> {
-        self.inner().try_lock(key)
-    }
-}
-
 #[test]
 fn a_target_that_hangs_is_left_out_until_it_answers() {
     let scene = Scene::two(1);
@@ -442,9 +393,14 @@ fn a_target_that_hangs_is_left_out_until_it_answers() {
         let scene = scene.fork();
         let gate = Arc::new(Gate::default());
         let held = gate.clone();
-        let wrap = move |number, memory| -> Result<Arc<dyn Backend>> {
+        let wrap = move |number, memory: Memory| -> Result<Arc<dyn Backend>> {
             let gate = held.clone();
-            Ok(if number == victim { Arc::new(Hanging { inner: memory, gate }) } else { Arc::new(memory) })
+            let hang = move |_, _: &Key| {
+                gate.pass();
+                Ok(())
+            };
+            let memory = Arc::new(memory);
+            Ok(if number == victim { Arc::new(Recorder::with_hook(memory, hang)) } else { memory })
         };
         let backend = Arc::new(scene.backend_with(wrap, Some(victim)));
         let store = open(backend.clone(), &scene.clock).unwrap();
@@ -701,7 +657,7 @@ fn one_folder_is_asked_as_often_as_before() {
     let memory = Memory::new();
     let clock = clock();
     write_new(&memory, &*clock).unwrap();
-    let recorder = Arc::new(snapfs::backend::testing::Recorder::new(Arc::new(memory)));
+    let recorder = Arc::new(Recorder::new(Arc::new(memory)));
     let store = open(recorder.clone(), &clock).unwrap();
     put(&store, "vm/a.img", &image(1)).unwrap();
     assert!(recorder.replicated().is_none());
